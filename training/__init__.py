@@ -1,0 +1,1 @@
+"""What the three doors share: flags, process groups, checkpoints, logs."""
