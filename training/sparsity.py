@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 from training.errors import UsageError
+from training.flags import boolean, real, whole
 
 KINDS = ("none", "static-weight", "dynamic-weight", "static-input", "dynamic-input", "dynamic-output-grad")
 SPELLINGS = {kind: kind for kind in KINDS} | {
@@ -39,7 +40,8 @@ class SparsityConfig:
         if self.pruned_matrix not in SPELLINGS:
             raise UsageError(f"--pruned_matrix {self.pruned_matrix}: must be one of {', '.join(KINDS)}")
         object.__setattr__(self, "pruned_matrix", SPELLINGS[self.pruned_matrix])
-        object.__setattr__(self, "sparsity_increment", tuple(self.sparsity_increment))
+        increment = tuple(self.sparsity_increment)
+        object.__setattr__(self, "sparsity_increment", () if increment == (-1,) else increment)  # both: all 2:4
         if self.unstructured_masking and self.pruned_matrix not in ("static-weight", "none"):
             raise UsageError(
                 f"--unstructured_masking True goes with --pruned_matrix static-weight only, not {self.pruned_matrix}"
@@ -102,3 +104,112 @@ def pattern_of_blocks(sparsity_increment: Sequence[int], num_blocks: int) -> lis
         after_close = closed and doublings == len(starts)
         patterns.append(4 if after_close else 4 * 2**doublings)
     return patterns
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False")) -> None:
+    """The flags of the published scripts that say what is pruned; the three doors share them."""
+    group = parser.add_argument_group("sparsity")
+    group.add_argument(
+        "--pruned_matrix",
+        default="none",
+        metavar="KIND",
+        help=f"what to prune: {', '.join(KINDS)}; static-weight is SLoPe, the others are the paper's ablations",
+    )
+    flags = (
+        ("--skip_first_block", False, "leave the first block dense"),
+        ("--skip_last_block", False, "leave the last block dense"),
+        ("--skip_attention", False, "leave the linear layers of the attention dense"),
+        ("--reduction_dim", True, "prune the weight along its input dimension, which 2:4 hardware reads"),
+        ("--unstructured_masking", False, "keep the largest weights wherever they are, with static-weight"),
+    )
+    for name, default, text in flags:
+        group.add_argument(name, default=default, type=boolean, metavar="True|False", help=text)
+    group.add_argument(
+        "--unstructured_mask_sparsity",
+        default=60.0,
+        type=real(),
+        metavar="PERCENT",
+        help="pruned by unstructured masking",
+    )
+    group.add_argument(
+        "--sparsity_increment",
+        default="",
+        metavar="BLOCKS",
+        help="block numbers at which M of 2:M doubles, from 4 on; a closing -1 returns the rest to 2:4. -1: all 2:4; "
+        "0,12,-1: 2:8 in the first 12 blocks, then 2:4; 12: 2:4 in the first 12 blocks, then 2:8",
+    )
+    group.add_argument(
+        "--mask_init", default="magnitude", choices=("magnitude", "random"), help="which weights the fixed mask keeps"
+    )
+    group.add_argument(
+        "--double_prune_interval",
+        default=1,
+        type=whole(0),
+        metavar="STEPS",
+        help="optimizer steps between two choices of the second pruning; 0: chosen once",
+    )
+    group.add_argument(
+        "--add_lora",
+        default="False",
+        choices=add_lora_words,
+        help="low-rank adapters beside the pruned layers; lazy adds them for the last steps only, inside the run",
+    )
+    group.add_argument("--lora_rank", default=4, type=whole(1), help="rank of the low-rank adapters")
+    group.add_argument("--lora_weight_decay", default=1e-4, type=real(0), help="weight decay of the adapters")
+
+
+def sparsity_from_flags(args, saved: SparsityConfig | None = None) -> SparsityConfig:
+    """The description that the flags ask for, or, with a checkpoint, the checkpoint's.
+
+    Args:
+        args: parsed flags with the set `args.given`.
+        saved: the description in the checkpoint that the run starts from, when it is sparse or must not be pruned.
+
+    Raises:
+        UsageError: when a flag that was given contradicts the checkpoint; it names both values.
+    """
+    names = [field.name for field in fields(SparsityConfig) if field.name not in ("sparsity_increment", "lora_rank")]
+    increment = parse_sparsity_increment(args.sparsity_increment)
+    asked = SparsityConfig(**{name: getattr(args, name) for name in names}, sparsity_increment=increment)
+    if saved is None:
+        return asked
+    for name in _contradictable(asked, saved):
+        if name in args.given and getattr(asked, name) != getattr(saved, name):
+            raise UsageError(
+                f"--{name} {_spelled(getattr(asked, name))} contradicts the checkpoint, which has "
+                f"{_spelled(getattr(saved, name))}"
+            )
+    return saved
+
+
+def check_adapter_flags(args, sparsity: SparsityConfig) -> None:
+    """Check `--add_lora` and `--lora_rank` against what the run starts from.
+
+    Raises:
+        UsageError: adapters without pruned layers, another rank, or adapters that the flags do without.
+    """
+    if args.add_lora != "False" and not sparsity.sparse:
+        raise UsageError(f"--add_lora {args.add_lora}: adapters join pruned layers, but --pruned_matrix is none")
+    if not sparsity.lora_rank:
+        return
+    if "add_lora" in args.given and args.add_lora == "False":
+        raise UsageError(
+            f"--add_lora False contradicts the checkpoint, which has adapters of rank {sparsity.lora_rank}"
+        )
+    if "lora_rank" in args.given and args.lora_rank != sparsity.lora_rank:
+        raise UsageError(f"--lora_rank {args.lora_rank} contradicts the checkpoint, which has {sparsity.lora_rank}")
+
+
+def _contradictable(asked: SparsityConfig, saved: SparsityConfig) -> list[str]:
+    """The fields that mean something for both; published scripts pass every flag, also those without effect."""
+    if not (asked.sparse and saved.sparse):
+        return ["pruned_matrix"]
+    names = ["pruned_matrix", "skip_first_block", "skip_last_block", "skip_attention", "unstructured_masking"]
+    if asked.unstructured_masking and saved.unstructured_masking:
+        return [*names, "unstructured_mask_sparsity"]
+    return [*names, "reduction_dim", "sparsity_increment"]
+
+
+def _spelled(value) -> str:
+    return ",".join(map(str, value)) or "-1" if isinstance(value, tuple) else f"{value}"

@@ -1,0 +1,416 @@
+# ruff: noqa: N803, N806  (a tensor's name ends in its shape, in capitals)
+"""BERT (Devlin et al., 2019, arXiv:1810.04805): configuration, encoder, heads and pretraining loss.
+
+Every matrix is a plain `nn.Linear`. Module names, and so state-dict names, are Hugging Face's.
+
+A tensor's name ends in its shape:
+    B  sequences of the micro-batch     S  tokens of a sequence     P  masked positions of a sequence
+    A  attention heads                  D  size of a head           H  hidden size, A * D
+    V  vocabulary size, padded          C  classes                  I  intermediate size
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from training.errors import UsageError
+
+ACTIVATIONS = {
+    "gelu": F.gelu,  # exact: x * Phi(x), through erf
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+# Tensor cores want dimensions that are multiples of 8; 30,522 is not one.
+VOCAB_MULTIPLE = 8
+# The decoder bias of a padded entry. exp(-10000) is 0 in every float format, so a padded entry has probability exactly
+# 0 and gradient exactly 0: the loss is that of the unpadded vocabulary, and the entry stays as it is while training.
+PADDED_BIAS = -10000.0
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """A BERT's shape, and what its tokenizer and heads are. A wrong value is a UsageError that names the key."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    # The suite's own keys: they do not change a layer of the encoder.
+    lowercase: bool = True
+    model_name: str = "bert"
+    next_sentence: bool = True  # False: no pooler and no sentence-pair head while pretraining
+    tokenizer: str = "wordpiece"
+    vocab_file: str | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            _check_value(field.name, getattr(self, field.name), field.type)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be below 1")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UsageError(f"hidden_act is {self.hidden_act!r}: it must be one of {', '.join(ACTIVATIONS)}")
+        if self.tokenizer != "wordpiece":
+            raise UsageError(f"tokenizer is {self.tokenizer!r}: it must be wordpiece")
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"hidden_size is {self.hidden_size}: it must be a multiple of num_attention_heads, "
+                f"which is {self.num_attention_heads}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the word embeddings and of the decoder: vocab_size rounded up to a multiple of 8."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "model config") -> "BertConfig":
+        """Raise UsageError, starting with `source`, for an unknown key, a missing size or a value out of range."""
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UsageError(f"{source}: unknown key {key!r}; the keys are {', '.join(sorted(known))}")
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if key not in values:
+                raise UsageError(f"{source}: the key {key!r} is missing")
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "BertConfig":
+        """Raise UsageError, starting with `path`, where it is no JSON object or from_dict refuses it."""
+        return cls.from_dict(read_json_object(path), source=str(path))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def read_json_object(path: str | Path) -> dict:
+    """Raise UsageError that names `path` where it cannot be read or holds anything but a JSON object."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); it must be a JSON file") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: holds a JSON {type(values).__name__}; it must be an object of keys and values")
+    return values
+
+
+def _check_value(name: str, value, kind) -> None:
+    accepted = int | float if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UsageError(f"{name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
+    if kind is int and value < 1:
+        raise UsageError(f"{name} is {value}: it must be 1 or more")
+    if kind is float and not 0 <= value < float("inf"):
+        raise UsageError(f"{name} is {value}: it must be 0 or more, and finite")
+
+
+def _linear(config: BertConfig, in_features: int, out_features: int) -> nn.Linear:
+    """Initialised as BERT is: weights from N(0, initializer_range), bias 0."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.normal_(linear.weight, std=config.initializer_range)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _embedding(config: BertConfig, num_embeddings: int, padding_idx: int | None = None) -> nn.Embedding:
+    embedding = nn.Embedding(num_embeddings, config.hidden_size, padding_idx)
+    nn.init.normal_(embedding.weight, std=config.initializer_range)
+    return embedding
+
+
+def _layer_norm(config: BertConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        # [PAD] starts at 0 and takes no gradient as an input, only as an output of the tied decoder.
+        self.word_embeddings = _embedding(config, config.padded_vocab_size, padding_idx=0)
+        with torch.no_grad():
+            self.word_embeddings.weight[0].zero_()
+            self.word_embeddings.weight[config.vocab_size :].zero_()
+        self.position_embeddings = _embedding(config, config.max_position_embeddings)
+        self.token_type_embeddings = _embedding(config, config.type_vocab_size)
+        self.LayerNorm = _layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids_BS: Tensor, token_type_ids_BS: Tensor) -> Tensor:
+        positions_SH = self.position_embeddings.weight[: input_ids_BS.shape[1]]
+        words_BSH = self.word_embeddings(input_ids_BS)
+        types_BSH = self.token_type_embeddings(token_type_ids_BS)
+        return self.dropout(self.LayerNorm(words_BSH + types_BSH + positions_SH))
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.query = _linear(config, config.hidden_size, config.hidden_size)
+        self.key = _linear(config, config.hidden_size, config.hidden_size)
+        self.value = _linear(config, config.hidden_size, config.hidden_size)
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
+        query_BASD, key_BASD, value_BASD = (
+            projection(hidden_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        context_BASD = F.scaled_dot_product_attention(
+            query_BASD,
+            key_BASD,
+            value_BASD,
+            attn_mask=mask_B11S,
+            dropout_p=self.dropout_prob if self.training else 0.0,
+        )
+        return context_BASD.transpose(1, 2).flatten(2)
+
+
+class BertResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(dense(x))): the end of both halves of a block (post-LN)."""
+
+    def __init__(self, config: BertConfig, in_features: int):
+        super().__init__()
+        self.dense = _linear(config, in_features, config.hidden_size)
+        self.LayerNorm = _layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual_BSH: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual_BSH)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertResidualOutput(config, config.hidden_size)
+
+    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
+        return self.output(self.self(hidden_BSH, mask_B11S), hidden_BSH)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = _linear(config, config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden_BSH))
+
+
+class BertLayer(nn.Module):
+    """One transformer block: attention, then the feed-forward network."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertResidualOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
+        hidden_BSH = self.attention(hidden_BSH, mask_B11S)
+        return self.output(self.intermediate(hidden_BSH), hidden_BSH)
+
+
+class BertEncoder(nn.Module):
+    """The blocks. With `checkpoint_activations` set, a block's activations are computed again in the backward pass."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.checkpoint_activations = False
+
+    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
+        for block in self.layer:
+            if self.checkpoint_activations:
+                hidden_BSH = checkpoint(block, hidden_BSH, mask_B11S, use_reentrant=False, preserve_rng_state=True)
+            else:
+                hidden_BSH = block(hidden_BSH, mask_B11S)
+        return hidden_BSH
+
+
+class BertPooler(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = _linear(config, config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden_BSH[:, 0]))
+
+
+class BertModel(nn.Module):
+    """Embeddings, encoder and, unless `add_pooling_layer` is False, pooler."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the last block's output [B, S, H] and the pooled output [B, H] (None without a pooler).
+
+        input_ids, token_type_ids, attention_mask: [B, S]. The mask is 1 at a real token and 0 at padding; None means
+        that there is no padding. S may not exceed max_position_embeddings.
+        """
+        mask_B11S = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        hidden_BSH = self.encoder(self.embeddings(input_ids, token_type_ids), mask_B11S)
+        return hidden_BSH, None if self.pooler is None else self.pooler(hidden_BSH)
+
+
+class BertPredictionHeadTransform(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = _linear(config, config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = _layer_norm(config)
+
+    def forward(self, hidden_BPH: Tensor) -> Tensor:
+        return self.LayerNorm(self.activation(self.dense(hidden_BPH)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """The masked-token head. Its decoder's weight is the word embeddings' (tied)."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Parameter):
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+        with torch.no_grad():
+            self.bias[config.vocab_size :] = PADDED_BIAS
+        # On "meta", as it owns no storage: both of its tensors are held elsewhere, and so have two names each.
+        self.decoder = nn.Linear(config.hidden_size, config.padded_vocab_size, device="meta")
+        self.decoder.weight = word_embeddings
+        self.decoder.bias = self.bias
+
+    def forward(self, hidden_BPH: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_BPH))
+
+
+class BertPreTrainingHeads(nn.Module):
+    def __init__(self, config: BertConfig, word_embeddings: nn.Parameter):
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config, word_embeddings)
+        self.seq_relationship = _linear(config, config.hidden_size, 2) if config.next_sentence else None
+
+
+class BertForPreTraining(nn.Module):
+    """Masked-token and, unless the config's next_sentence is False, next-sentence prediction."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=config.next_sentence)
+        self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor | None,
+        masked_positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the token scores [B, P, V] and the next-sentence scores [B, 2] (None without that head).
+
+        masked_positions [B, P] says which tokens to score, any unused place of it 0; None scores all, [B, S, V].
+        The rest is as in BertModel. Next-sentence score 0 is for the real next sentence, 1 for a random one.
+        """
+        hidden_BSH, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
+        if masked_positions is not None:
+            # P is fixed, so that shapes are static. The backward pass adds into hidden_BSH in no fixed order, which
+            # changes nothing: used positions differ, and what unused ones add is exactly 0 (their label is ignored).
+            index_BPH = masked_positions.unsqueeze(-1).expand(-1, -1, hidden_BSH.shape[-1])
+            hidden_BSH = hidden_BSH.gather(1, index_BPH)
+        prediction_scores = self.cls.predictions(hidden_BSH)
+        return prediction_scores, None if pooled_BH is None else self.cls.seq_relationship(pooled_BH)
+
+
+def pretraining_loss_sums(
+    prediction_scores: Tensor,
+    seq_relationship_score: Tensor | None,
+    masked_labels: Tensor,
+    next_sentence_labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropies, in nats and fp32, of masked tokens and of next sentences (0 without scores).
+
+    prediction_scores [B, P, V], seq_relationship_score [B, 2] or None, masked_labels [B, P], next_sentence_labels [B].
+    A label of -1 is ignored. These are sums, for the caller to divide by the global counts of labels.
+    """
+    mlm_sum = _cross_entropy_sum(prediction_scores.flatten(0, 1), masked_labels.flatten())
+    if seq_relationship_score is None:
+        return mlm_sum, torch.zeros_like(mlm_sum)
+    return mlm_sum, _cross_entropy_sum(seq_relationship_score, next_sentence_labels)
+
+
+def _cross_entropy_sum(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores.float(), labels, ignore_index=-1, reduction="sum")
+
+
+class BertForSequenceClassification(nn.Module):
+    """num_labels classes of a sequence or a pair (GLUE); num_labels = 1 is a regression."""
+
+    def __init__(self, config: BertConfig, num_labels: int):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = _linear(config, config.hidden_size, num_labels)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return the logits [B, C]. The arguments are BertModel's."""
+        _, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
+        return self.classifier(self.dropout(pooled_BH))
+
+
+class BertForQuestionAnswering(nn.Module):
+    """Start and end of the answer in a passage (SQuAD)."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = _linear(config, config.hidden_size, 2)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the start and the end logits, [B, S] each. The arguments are BertModel's."""
+        hidden_BSH, _ = self.bert(input_ids, token_type_ids, attention_mask)
+        start_BS, end_BS = self.qa_outputs(hidden_BSH).unbind(-1)
+        return start_BS, end_BS
+
+
+def encoder_blocks(model: nn.Module) -> list[tuple[str, BertLayer]]:
+    """The transformer blocks of any model here, first to last, each with its full name in `model`."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BertLayer)]
+
+
+def input_projections(model: nn.Module) -> set[str]:
+    """Full names of the linear layers that read the embeddings: query, key and value of the first block."""
+    first_block, _ = encoder_blocks(model)[0]
+    return {f"{first_block}.attention.self.{projection}" for projection in ("query", "key", "value")}

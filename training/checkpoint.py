@@ -1,0 +1,100 @@
+"""Checkpoints: written whole or not at all, verified before they are trusted, loadable with weights_only=True."""
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from training.errors import UsageError
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"ckpt_(\d+)\.pt")
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return Path(directory) / f"ckpt_{step}.pt"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in `directory`, ascending."""
+    names = (_NAME.fullmatch(path.name) for path in Path(directory).glob("ckpt_*.pt"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` under a temporary name, flush it to the disk, and only then give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"format_version": FORMAT_VERSION} | state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)  # the new name, too, must survive a crash of the machine
+    os.fsync(directory)
+    os.close(directory)
+
+
+def load_checkpoint(path: str | Path, flag: str = "--init_checkpoint") -> dict:
+    """Read and verify one checkpoint of this suite onto the CPU.
+
+    Raises:
+        UsageError: when it is missing, damaged, or no checkpoint of this suite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{flag} {path}: no such file")
+    problem = damage(path)
+    if problem:
+        raise UsageError(f"{flag} {path}: damaged ({problem})")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"{flag} {path}: not a checkpoint of this suite ({reason})") from error
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise UsageError(f"{flag} {path}: not a checkpoint of this suite (it has no format_version)")
+    if state["format_version"] != FORMAT_VERSION:
+        raise UsageError(
+            f"{flag} {path}: has format version {state['format_version']}; this suite reads version {FORMAT_VERSION}"
+        )
+    return state
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the file, or None: every member of the archive is read against its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        return str(error)
+    return None if member is None else f"checksum of {member} does not match"
+
+
+def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> tuple[int, Path] | None:
+    """Step and path of the newest checkpoint that verifies; each damaged one on the way is reported in a line.
+
+    Raises:
+        UsageError: when there are checkpoints and every one of them is damaged.
+    """
+    steps = saved_steps(directory)
+    for step in reversed(steps):
+        path = checkpoint_path(directory, step)
+        problem = damage(path)
+        if problem is None:
+            return step, path
+        report(f"{path} is damaged ({problem}): using the one before it")
+    if steps:
+        raise UsageError(f"--output_dir: all checkpoints in {directory} are damaged; remove them to start anew")
+    return None
+
+
+def remove_old_checkpoints(directory: Path, keep: int, phase_start: int, phase_end: int) -> None:
+    """Keep the newest `keep` checkpoints of this phase; those of earlier phases and this phase's last one stay."""
+    of_phase = [step for step in saved_steps(directory) if phase_start < step <= phase_end]
+    for step in of_phase[:-keep]:
+        checkpoint_path(directory, step).unlink()

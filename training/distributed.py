@@ -1,0 +1,156 @@
+"""Process groups: who this process is, what all ranks agree on, and how a job ends."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from training.errors import UsageError
+
+WATCH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def this_process(use_cuda: bool = True) -> World:
+    """Read the launcher's environment; starts nothing, so that flags and files can be checked first.
+
+    Raises:
+        UsageError: when a node has more processes than GPUs.
+    """
+    rank, size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if not (use_cuda and torch.cuda.is_available()):
+        return World(rank, size, local_rank, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"--nproc_per_node: at most {torch.cuda.device_count()}, the GPUs of this node: each takes one process"
+        )
+    return World(rank, size, local_rank, torch.device("cuda", local_rank))
+
+
+@contextlib.contextmanager
+def process_group(world: World):
+    """Join the other ranks for the duration: NCCL between GPUs, gloo between CPUs and for what stays on the host."""
+    _end_with_launcher()
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """End this process when torchrun dies: its workers live in sessions of their own and would run on.
+
+    Only under an elastic launcher; a plain process may outlive the shell that started it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+
+
+def sum_over_ranks(world: World, values: list[float]) -> list[float]:
+    """Element-wise sums over all ranks, on the host: no GPU waits for it."""
+    if world.size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def agree(world: World, error: UsageError | None) -> None:
+    """Every rank calls this with what it found wrong, or None; if any did, all raise the first rank's error."""
+    if world.size == 1:
+        found = [None if error is None else str(error)]
+    else:
+        found = [None] * world.size
+        dist.all_gather_object(found, None if error is None else str(error))
+    messages = [message for message in found if message is not None]
+    if messages:
+        raise UsageError(messages[0])
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (what clusters send before the time is up) become a flag that the loop reads.
+
+    The first is remembered, so that the step in progress is finished and saved.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+
+
+class OutputLock:
+    """One run per output directory: rank 0 holds an advisory lock on `OUTPUT_DIR/.lock` until it ends."""
+
+    def __init__(self, world: World, output_dir: Path):
+        self._file = None
+        error = None
+        if world.is_main:
+            try:
+                self._take(output_dir)
+            except UsageError as refused:
+                error = refused
+        agree(world, error)
+
+    def _take(self, output_dir: Path) -> None:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (output_dir / ".lock").open("a+")
+        except OSError as error:
+            raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            raise UsageError(
+                f"--output_dir {output_dir}: another run is using it ({self._file.read().strip()}); "
+                "wait for it or give another directory"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()

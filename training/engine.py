@@ -1,0 +1,102 @@
+"""The parts of one optimizer step that every door shares: precision, gradients over ranks, the step itself."""
+
+import contextlib
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from optimization import (
+    add_adapter_group,
+    build_optimizer,
+    clip_gradients,
+    clips_gradients,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+    set_learning_rate,
+)
+from sparse_ops import OperandRefresh, add_adapters, set_operand_dtype
+from training.distributed import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """A model on its device, with the optimizer, loss scaling, operand refresh and gradient averaging around it.
+
+    Args:
+        model: already pruned; moved to the world's device.
+        args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, max_grad_norm, precision,
+            double_prune_interval`.
+    """
+
+    def __init__(self, model: nn.Module, world: World, args):
+        self.model, self.world, self.args = model.to(world.device), world, args
+        self.dtype = DTYPES[args.precision]
+        set_operand_dtype(model, self.dtype)
+        groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
+        self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
+        self.refresh = OperandRefresh(model, args.double_prune_interval)
+        self.refresh.attach(self.optimizer)
+
+    def connect(self) -> None:
+        """Build what averages the gradients over ranks: once they are joined, and anew when parameters are added."""
+        self.parallel = self.model
+        if self.world.size > 1:
+            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(
+                self.model,
+                device_ids=device_ids,
+                broadcast_buffers=False,  # masks never change, and operands follow from the values
+                gradient_as_bucket_view=True,
+            )
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around a micro-step's forward and backward pass: only the last one averages gradients over ranks."""
+        return contextlib.nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, learning_rate: float) -> None:
+        """One optimizer step with the accumulated gradients; the operands follow through the optimizer's hook."""
+        set_learning_rate(self.optimizer, learning_rate)
+        self.scaler.unscale_(self.optimizer)
+        if not clips_gradients(self.optimizer):
+            clip_gradients(self.optimizer, self.args.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def join_adapters(self, rank: int, seed: int) -> None:
+        """Adapters join: new parameters, a new optimizer group at step 0; nothing else changes, no output either."""
+        add_adapters(self.model, rank, seed)
+        add_adapter_group(self.optimizer, self.model, self.args.lora_weight_decay)
+        self.connect()
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "refresh": self.refresh.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Everything but the model, whose weights were there when the engine was built."""
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.refresh.load_state_dict(state["refresh"])
+
+
+def seed_dropout(*position: int) -> None:
+    """Seed torch from (seed, global step, micro-step, rank), so that dropout needs no saved generator."""
+    digest = hashlib.sha256(repr(position).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
