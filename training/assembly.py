@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from data.storage import local_copy
-from modeling import BertConfig, BertForPreTraining, encoder_blocks, input_projections, load_hf_folder
+from modeling import BertConfig, BertForPreTraining, encoder_blocks, input_projections
 from sparse_ops import add_adapters, sparsify
 from training.checkpoint import load_checkpoint
 from training.errors import UsageError
+from training.hf_folders import load_hf_folder
 from training.sparsity import SparsityConfig
 
 ENCODER = "bert."  # what a source of weights must hold in full; heads may start anew
