@@ -93,13 +93,18 @@ def sum_over_ranks(world: World, values: list[float]) -> list[float]:
     return total.tolist()
 
 
+def gather_objects(world: World, own: object) -> list:
+    """What every rank holds, by rank; `own` alone without other ranks."""
+    if world.size == 1:
+        return [own]
+    found = [None] * world.size
+    dist.all_gather_object(found, own)
+    return found
+
+
 def agree(world: World, error: UsageError | None) -> None:
     """Every rank calls this with what it found wrong, or None; if any did, all raise the first rank's error."""
-    if world.size == 1:
-        found = [None if error is None else str(error)]
-    else:
-        found = [None] * world.size
-        dist.all_gather_object(found, None if error is None else str(error))
+    found = gather_objects(world, None if error is None else str(error))
     messages = [message for message in found if message is not None]
     if messages:
         raise UsageError(messages[0])

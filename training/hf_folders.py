@@ -6,7 +6,6 @@ nothing else to a weight.
 
 import json
 import pickle
-import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.tokenization import KINDS, load_tokenizer
 from modeling import (
     PADDED_BIAS,
     BertConfig,
@@ -27,7 +27,6 @@ from modeling import (
 from training.errors import UsageError
 
 CONFIG_NAME = "config.json"
-VOCAB_NAME = "vocab.txt"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 SUITE_KEYS = ("lowercase", "model_name", "next_sentence", "tokenizer", "vocab_file")
@@ -55,6 +54,8 @@ HF_CLASSES = {
     "cls.predictions.bias": "BertForMaskedLM",
     "bert.embeddings.word_embeddings.weight": "BertModel",
 }
+
+HF_TOKENIZER_CLASSES = {"wordpiece": "BertTokenizer", "bpe": "PreTrainedTokenizerFast"}
 
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 DECODER_BIAS = "cls.predictions.bias"
@@ -87,12 +88,8 @@ def load_hf_folder(path: str | Path) -> tuple[BertConfig, dict[str, Tensor]]:
     weights_path, read_weights = _find_weights(folder)
     state_dict = _our_names(read_weights(weights_path), source=weights_path)
     _check_unpadded(config, state_dict, source=weights_path)
-    config = replace(
-        config,
-        lowercase=_lowercase(folder),
-        next_sentence="cls.seq_relationship.weight" in state_dict,
-        vocab_file=str(folder / VOCAB_NAME) if (folder / VOCAB_NAME).is_file() else None,
-    )
+    next_sentence = "cls.seq_relationship.weight" in state_dict
+    config = replace(config, next_sentence=next_sentence, **_tokenizer_keys(folder))
     return config, _pad_vocabulary(config, state_dict)
 
 
@@ -105,22 +102,18 @@ def save_hf_folder(
     Hugging Face class that has its heads.
 
     Raises UsageError, before anything is written, for tensors that are not such a model's and for a vocabulary file
-    that is missing or longer than config.vocab_size; also where the folder cannot be written.
+    that load_tokenizer refuses or that has more entries than config.vocab_size; and for a folder that is not writable.
     """
     folder = Path(path)
-    if vocab_file is not None:
-        _check_vocab_file(Path(vocab_file), config)
+    tokenizer_files = {} if vocab_file is None else _tokenizer_files(config, Path(vocab_file))
     tensors = _unpad_vocabulary(config, state_dict)
     _check_unpadded(config, tensors, source=folder)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        _write_json(folder / CONFIG_NAME, _hf_config(config, tensors))
-        if vocab_file is not None:
-            if Path(vocab_file).resolve() != (folder / VOCAB_NAME).resolve():
-                shutil.copyfile(vocab_file, folder / VOCAB_NAME)
-            _write_json(folder / TOKENIZER_CONFIG_NAME, _tokenizer_config(config))
+        for name, content in ({CONFIG_NAME: _to_json(_hf_config(config, tensors))} | tokenizer_files).items():
+            (folder / name).write_text(content, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); it must be a writable folder") from error
 
@@ -227,18 +220,17 @@ def _unpad_vocabulary(config: BertConfig, state_dict: dict[str, Tensor]) -> dict
     return {name: tensor.contiguous() for name, tensor in unpadded.items()}
 
 
-def _lowercase(folder: Path) -> bool:
-    """What the folder's tokenizer does; BERT tokenizers that do not say it lower-case."""
+def _tokenizer_keys(folder: Path) -> dict:
+    """The config's keys about the tokenizer. Without a vocab.txt, a tokenizer.json is taken, which `bpe` stands for.
+
+    Such a file says by itself whether it splits words by BPE or by WordPiece, and whether it lower-cases.
+    """
     path = folder / TOKENIZER_CONFIG_NAME
-    return bool(read_json_object(path).get("do_lower_case", True)) if path.is_file() else True
-
-
-def _check_vocab_file(path: Path, config: BertConfig) -> None:
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; it must be a WordPiece vocabulary, one entry a line")
-    entries = len(path.read_bytes().splitlines())
-    if entries > config.vocab_size:
-        raise UsageError(f"{path}: holds {entries} entries; the model's vocab_size is {config.vocab_size}")
+    lowercase = read_json_object(path).get("do_lower_case", True) if path.is_file() else True
+    kind = next((kind for kind, name in KINDS.items() if (folder / name).is_file()), None)
+    if kind is None:
+        return {"lowercase": bool(lowercase)}
+    return {"lowercase": bool(lowercase), "tokenizer": kind, "vocab_file": str(folder / KINDS[kind])}
 
 
 def _hf_config(config: BertConfig, state_dict: dict[str, Tensor]) -> dict:
@@ -252,9 +244,16 @@ def _hf_config(config: BertConfig, state_dict: dict[str, Tensor]) -> dict:
     return values
 
 
-def _tokenizer_config(config: BertConfig) -> dict:
-    return {
-        "tokenizer_class": "BertTokenizer",
+def _tokenizer_files(config: BertConfig, vocab_file: Path) -> dict[str, str]:
+    """Names and contents of the files from which AutoTokenizer makes the tokenizer that encoded the data."""
+    tokenizer = load_tokenizer(vocab_file, config.lowercase, config.tokenizer)
+    entries = tokenizer.get_vocab_size()
+    if entries > config.vocab_size:
+        raise UsageError(f"{vocab_file}: holds {entries} entries; the model's vocab_size is {config.vocab_size}")
+    # A BPE file that we built lacks what load_tokenizer adds, the [CLS] and [SEP] around sequences.
+    content = vocab_file.read_text(encoding="utf-8") if config.tokenizer == "wordpiece" else tokenizer.to_str()
+    tokenizer_config = {
+        "tokenizer_class": HF_TOKENIZER_CLASSES[config.tokenizer],
         "do_lower_case": config.lowercase,
         "model_max_length": config.max_position_embeddings,
         "pad_token": "[PAD]",
@@ -263,7 +262,8 @@ def _tokenizer_config(config: BertConfig) -> dict:
         "sep_token": "[SEP]",
         "mask_token": "[MASK]",
     }
+    return {KINDS[config.tokenizer]: content, TOKENIZER_CONFIG_NAME: _to_json(tokenizer_config)}
 
 
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _to_json(values: dict) -> str:
+    return json.dumps(values, indent=2) + "\n"

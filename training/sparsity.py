@@ -1,6 +1,6 @@
 """The sparsity description: what is pruned and how, built from the flags and stored with the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from training.errors import UsageError
@@ -174,7 +174,7 @@ def sparsity_from_flags(args, saved: SparsityConfig | None = None) -> SparsityCo
     asked = SparsityConfig(**{name: getattr(args, name) for name in names}, sparsity_increment=increment)
     if saved is None:
         return asked
-    for name in _contradictable(asked, saved):
+    for name in _contradictable(asked, saved, args.given):
         if name in args.given and getattr(asked, name) != getattr(saved, name):
             raise UsageError(
                 f"--{name} {_spelled(getattr(asked, name))} contradicts the checkpoint, which has "
@@ -201,12 +201,14 @@ def check_adapter_flags(args, sparsity: SparsityConfig) -> None:
         raise UsageError(f"--lora_rank {args.lora_rank} contradicts the checkpoint, which has {sparsity.lora_rank}")
 
 
-def _contradictable(asked: SparsityConfig, saved: SparsityConfig) -> list[str]:
+def _contradictable(asked: SparsityConfig, saved: SparsityConfig, given: Collection[str]) -> list[str]:
     """The fields that mean something for both; published scripts pass every flag, also those without effect."""
-    if not (asked.sparse and saved.sparse):
+    sparse = asked.sparse if "pruned_matrix" in given else saved.sparse
+    unstructured = asked.unstructured_masking if "unstructured_masking" in given else saved.unstructured_masking
+    if not (sparse and saved.sparse):
         return ["pruned_matrix"]
     names = ["pruned_matrix", "skip_first_block", "skip_last_block", "skip_attention", "unstructured_masking"]
-    if asked.unstructured_masking and saved.unstructured_masking:
+    if unstructured and saved.unstructured_masking:
         return [*names, "unstructured_mask_sparsity"]
     return [*names, "reduction_dim", "sparsity_increment"]
 
