@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 
+TOKENIZERS = ("wordpiece", "bpe")
 # Tensor cores want dimensions that are multiples of 8; 30,522 is not one.
 VOCAB_MULTIPLE = 8
 # The decoder bias of a padded entry. exp(-10000) is 0 in every float format, so a padded entry has probability exactly
@@ -56,7 +57,7 @@ class BertConfig:
     model_name: str = "bert"
     next_sentence: bool = True  # False: no pooler and no sentence-pair head while pretraining
     tokenizer: str = "wordpiece"
-    vocab_file: str | None = None
+    vocab_file: str | None = None  # None: the one that lies beside the data
 
     def __post_init__(self):
         for field in fields(self):
@@ -64,10 +65,9 @@ class BertConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be below 1")
-        if self.hidden_act not in ACTIVATIONS:
-            raise UsageError(f"hidden_act is {self.hidden_act!r}: it must be one of {', '.join(ACTIVATIONS)}")
-        if self.tokenizer != "wordpiece":
-            raise UsageError(f"tokenizer is {self.tokenizer!r}: it must be wordpiece")
+        for name, choices in (("hidden_act", ACTIVATIONS), ("tokenizer", TOKENIZERS)):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         if self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"hidden_size is {self.hidden_size}: it must be a multiple of num_attention_heads, "
@@ -178,13 +178,8 @@ class BertSelfAttention(nn.Module):
             projection(hidden_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        context_BASD = F.scaled_dot_product_attention(
-            query_BASD,
-            key_BASD,
-            value_BASD,
-            attn_mask=mask_B11S,
-            dropout_p=self.dropout_prob if self.training else 0.0,
-        )
+        dropout_p = self.dropout_prob if self.training else 0.0
+        context_BASD = F.scaled_dot_product_attention(query_BASD, key_BASD, value_BASD, mask_B11S, dropout_p)
         return context_BASD.transpose(1, 2).flatten(2)
 
 
