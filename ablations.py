@@ -86,7 +86,9 @@ class AblationLinear(AdaptedLinear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         x = x.to(dtype)
-        y = AblationProduct.apply(x.flatten(0, -2), self.weight.to(dtype), self.input_mask, self.m, self.policy)
+        y = AblationProduct.apply(
+            x.reshape(-1, x.shape[-1]), self.weight.to(dtype), self.input_mask, self.m, self.policy
+        )
         return self.finish(y.view(*x.shape[:-1], self.out_features), x)
 
     def dense_weight(self) -> Tensor:

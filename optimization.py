@@ -120,6 +120,7 @@ class Lamb(Optimizer):
         torch._foreach_add_(m, g, alpha=_gradient_weight(group))
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, value=1 - beta2)
+        del g  # as large as the model; what follows needs room for two more of that size
         denominators = torch._foreach_div(v, corrections2)
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
@@ -185,13 +186,15 @@ def _named_group(group: str, members: list[tuple[str, Tensor]], weight_decay: fl
     return {"name": group, "params": params, "param_names": names, "weight_decay": weight_decay}
 
 
+def _on_cuda(groups: list[dict]) -> bool:
+    return all(p.is_cuda for group in groups for p in group["params"])
+
+
 def _apex_fused_lamb() -> type[Optimizer] | None:
     """NVIDIA's FusedLAMB where this machine has it with its CUDA kernels, else None.
 
     PyPI's `apex` is an unrelated package of the same name: it has no `optimizers`, so it is not taken.
     """
-    if not torch.cuda.is_available():
-        return None
     try:
         from apex.multi_tensor_apply import multi_tensor_applier
         from apex.optimizers import FusedLAMB
@@ -201,7 +204,7 @@ def _apex_fused_lamb() -> type[Optimizer] | None:
 
 
 def _fused_lamb(groups: list[dict], lr: float, max_grad_norm: float) -> Optimizer:
-    lamb = _apex_fused_lamb()
+    lamb = _apex_fused_lamb() if _on_cuda(groups) else None
     if lamb is None:
         return Lamb(groups, lr, max_grad_norm=max_grad_norm, fused=True)
     return lamb(groups, lr=lr, betas=BETAS, eps=EPS, max_grad_norm=max_grad_norm)
@@ -224,8 +227,10 @@ def build_optimizer(name: str, groups: list[dict], lr: float, max_grad_norm: flo
     """The optimizer that `--optimizer` names, over `parameter_groups`. `max_grad_norm` is LAMB's own clipping.
 
     Raises:
-        UsageError: a name that is not in OPTIMIZERS.
+        UsageError: a name that is not in OPTIMIZERS, or a norm of 0, which would clip every gradient to nothing.
     """
+    if max_grad_norm <= 0:
+        raise UsageError(f"--max_grad_norm {max_grad_norm:g}: must be above 0")
     if name not in OPTIMIZERS:
         raise UsageError(f"--optimizer {name}: not an optimizer of this suite; choose one of {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name](groups, lr, max_grad_norm)

@@ -9,7 +9,6 @@ The recipe's settings are in config/bert_pretraining_phase{1,2,3}_config.json; f
 A run goes on from the newest checkpoint in OUT/pretrain_ckpts, and a finished one ends at once.
 """
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +24,23 @@ from optimization import DECAYS, OPTIMIZERS, learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.assembly import build_model
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
-from training.distributed import OutputLock, StopSignal, World, agree, process_group, sum_over_ranks, this_process
+from training.distributed import (
+    OutputLock,
+    StopSignal,
+    World,
+    agree,
+    process_group,
+    reporter,
+    sum_over_ranks,
+    this_process,
+)
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
 from training.flags import (
     Parser,
     add_precision_flags,
     add_switch,
-    parse_with_defaults_file,
+    parse_flags,
     real,
     run_door,
     settle_precision,
@@ -73,7 +81,9 @@ def parse_arguments(argv: list[str] | None = None):
     batch.add_argument(
         "--local_batch_size", default=8, type=whole(1), help="sequences of one micro-step of one process"
     )
-    batch.add_argument("--seed", default=42, type=whole(0), help="of weights, masks, sample order and dropout")
+    batch.add_argument(
+        "--seed", default=42, type=whole(0, 2**32 - 1), help="of weights, masks, sample order and dropout"
+    )
     batch.add_argument("--masked_token_fraction", default=0.2, type=real(0, 1), help="share of the tokens to predict")
     batch.add_argument(
         "--max_predictions_per_seq", default=80, type=whole(1), help="most tokens to predict of a sequence"
@@ -90,24 +100,26 @@ def parse_arguments(argv: list[str] | None = None):
     optimizer.add_argument("--max_grad_norm", default=1.0, type=real(0), help="clip the global gradient norm to this")
     add_precision_flags(optimizer)
     add_switch(optimizer, "--checkpoint_activations", "recompute activations in the backward pass, to save memory")
-    add_sparsity_flags(parser, add_lora_words=("True", "False", "lazy"))
-    parser.add_argument(
+    sparsity = add_sparsity_flags(parser, add_lora_words=("True", "False", "lazy"))
+    sparsity.add_argument(
         "--lazy_lora_fraction", default=0.01, type=real(0, 1), help="share of all steps that lazy adapters train for"
     )
     logs = parser.add_argument_group("logs and checkpoints")
-    logs.add_argument("--log_prefix", default="logfile", help="name of this phase's log files")
+    logs.add_argument("--log_prefix", default="logfile", metavar="NAME", help="name of this phase's log files")
     logs.add_argument("--num_steps_per_checkpoint", default=100, type=whole(1), help="steps between two checkpoints")
     logs.add_argument("--keep_checkpoints", default=3, type=whole(1), help="newest checkpoints of this phase to keep")
     add_switch(logs, "--skip_checkpoint", "write no checkpoints")
     logs.add_argument("--eval_interval", default=100, type=whole(1), help="steps between two held-out evaluations")
     logs.add_argument("--eval_samples", default=2000, type=whole(1), help="most held-out sequences to evaluate on")
     add_switch(logs, "--disable_progress_bar", "no progress bar")
-    logs.add_argument("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch; not needed")
-    args = parse_with_defaults_file(parser, argv)
+    logs.add_argument(
+        "--local_rank", "--local-rank", type=whole(-1), help="set by torch.distributed.launch; not needed"
+    )
+    args = parse_flags(parser, argv, file_flag="config_file")
     for name in ("input_dir", "output_dir", "model_config_file"):
-        if getattr(args, name) is None:
+        if not getattr(args, name):
             raise UsageError(f"--{name}: must be given, here or in --config_file")
-    if "/" in args.log_prefix:
+    if not args.log_prefix or "/" in args.log_prefix:
         raise UsageError(f"--log_prefix {args.log_prefix}: must be a name without directories")
     settle_precision(args)
     return args
@@ -116,10 +128,7 @@ def parse_arguments(argv: list[str] | None = None):
 def main() -> None:
     args = parse_arguments()
     world = this_process()
-
-    def report(line: str) -> None:
-        if world.is_main:
-            print(line, file=sys.stderr, flush=True)
+    report = reporter(world)
 
     # Everything that can be wrong is found here, on every rank, before anything is started or written.
     config = BertConfig.from_json_file(args.model_config_file)
@@ -142,7 +151,7 @@ def main() -> None:
     stop = StopSignal()
     with process_group(world):
         lock = OutputLock(world, Path(args.output_dir))  # held until the process ends
-        logger = Logger(Path(args.output_dir), args.log_prefix, METRICS, start.step, enabled=world.is_main)
+        logger = open_logger(args, world, start)
         try:
             run.train(logger, stop)
         finally:
@@ -160,6 +169,11 @@ def open_shards(args, config: BertConfig) -> tuple[ShardSet, ShardSet | None]:
             continue
         shards = ShardSet(local_copy(address), flag=f"--{name}")
         shards.check(config.vocab_size, config.max_position_embeddings, args.max_predictions_per_seq)
+        if config.next_sentence and not shards.has_next_sentence:
+            raise UsageError(
+                f"--{name} {address}: holds single sequences, but the model configuration asks for next-sentence "
+                "prediction; set next_sentence in it to false, or give shards of sentence pairs"
+            )
         opened.append(shards)
     return opened[0], opened[1]
 
@@ -171,6 +185,17 @@ def settle_sparsity(args, start: Start) -> SparsityConfig:
     sparsity = sparsity_from_flags(args, saved if decided else None)
     check_adapter_flags(args, sparsity)
     return sparsity
+
+
+def open_logger(args, world: World, start: Start) -> Logger:
+    """This run's logs; where rank 0 cannot write them, all ranks end."""
+    logger = error = None
+    try:
+        logger = Logger(Path(args.output_dir), args.log_prefix, METRICS, start.step, enabled=world.is_main)
+    except OSError as failed:
+        error = UsageError(f"--output_dir {args.output_dir}: cannot write {failed.filename} ({failed.strerror})")
+    agree(world, error)
+    return logger
 
 
 @dataclass(frozen=True)
@@ -195,10 +220,14 @@ class PretrainingRun:
             "vocab_size": config.vocab_size,
             "mask_token_id": resolve_mask_token_id(shards, config.vocab_file, args.input_dir),
         }
+        if heldout is not None:
+            heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, args.eval_dir)
+            self.heldout_masking = self.masking | {"mask_token_id": heldout_mask}
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         self.engine = Engine(model, world, args)
         self.adapter_step = adapter_step(args, start, bool(sparsity.lora_rank))
         self.step, self.samples, self.loss_total = start.step, 0, 0.0
+        self.saved_step = None if start.checkpoint is None else start.step
         if start.checkpoint is not None:
             self.resume(start.checkpoint)
 
@@ -356,16 +385,13 @@ class PretrainingRun:
         """MLM loss in nats and accuracy on the held-out shards, with the same masks every time."""
         model, world = self.engine.model.eval(), self.world
         error, totals = None, torch.zeros(3, dtype=torch.float64, device=world.device)
-        masking = self.masking | {
-            "mask_token_id": resolve_mask_token_id(self.heldout, self.config.vocab_file, self.args.eval_dir)
-        }
         dataset = evaluation_dataset(
             self.heldout,
             local_batch_size=self.args.local_batch_size,
             rank=world.rank,
             world_size=world.size,
             max_samples=self.args.eval_samples,
-            **masking,
+            **self.heldout_masking,
         )
         try:
             for batch in step_loader(dataset):
@@ -383,7 +409,7 @@ class PretrainingRun:
     def save(self) -> None:
         """Rank 0 writes the checkpoint of the step just taken."""
         directory = Path(self.args.output_dir) / CHECKPOINTS
-        if self.args.skip_checkpoint or not self.world.is_main or checkpoint_path(directory, self.step).exists():
+        if self.args.skip_checkpoint or not self.world.is_main or self.saved_step == self.step:
             return
         state = {
             "step": self.step,
@@ -396,6 +422,7 @@ class PretrainingRun:
             "arguments": self.arguments(),
         }
         save_checkpoint(checkpoint_path(directory, self.step), state | self.engine.state_dict())
+        self.saved_step = self.step
         remove_old_checkpoints(directory, self.args.keep_checkpoints, self.start.phase_start, self.start.phase_end)
 
     def arguments(self) -> dict:

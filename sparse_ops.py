@@ -52,7 +52,7 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     """
     groups = scores.movedim(dim, -1).unflatten(-1, (-1, m))
     earlier = torch.arange(m, device=scores.device)
-    rank = torch.zeros(groups.shape, dtype=torch.uint8, device=scores.device)
+    rank = torch.zeros(groups.shape, dtype=torch.int16, device=scores.device)
     for position in range(m):  # how many of the group go before each one: m passes, no m-fold copy
         other = groups[..., position : position + 1]
         rank += (other > groups) | ((other == groups) & (position < earlier))
@@ -103,7 +103,7 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `pack_bits`."""
     numel = torch.Size(shape).numel()
     unpacked = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    return unpacked.flatten()[:numel].bool().view(*shape)
+    return unpacked.flatten()[:numel].bool().view(tuple(shape))
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
@@ -129,7 +129,7 @@ class SlopeProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ w_backward  # (3) dX = dY W^{R,C}
         if ctx.needs_input_grad[1]:
-            x_tokens, grad_tokens = x.flatten(0, -2), grad_y.flatten(0, -2)
+            x_tokens, grad_tokens = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad_y))
             left, right = (grad_tokens, x_tokens) if ctx.by_input else (x_tokens, grad_tokens)
             shape, dtype = ctx.values_like
             grad_weight = left.t() @ right  # (2) dW = mask * (dY^T X): gathering the kept positions is the mask
@@ -292,6 +292,15 @@ class SparseLinear(AdaptedLinear):
         """X [..., in] -> Y [..., out], in the operands' dtype."""
         x = x.to(self.operands.dtype)
         return self.finish(self.operands(x, self), x)
+
+    def add_adapters(self, rank: int, generator: torch.Generator) -> None:
+        super().add_adapters(rank, generator)
+        self.refresh(rechoose=False)
+
+    def _apply(self, fn, recurse: bool = True) -> "SparseLinear":
+        super()._apply(fn, recurse)  # .to(), .half(), .cuda(), ...: operands of a narrower dtype cannot be widened
+        self.refresh(rechoose=False)
+        return self
 
     def set_operand_dtype(self, dtype: torch.dtype) -> None:
         """Let the products run in `dtype`; the values stay as they are."""

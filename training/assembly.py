@@ -16,6 +16,11 @@ from training.hf_folders import load_hf_folder
 from training.sparsity import SparsityConfig
 
 ENCODER = "bert."  # what a source of weights must hold in full; heads may start anew
+# What makes it the same network, also where the shapes of the weights do not show it.
+NETWORK_KEYS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "max_position_embeddings", "type_vocab_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,12 @@ def _load(model: nn.Module, source: Source, report: Callable[[str], None]) -> No
     held = {name: tensor for name, tensor in source.state.items() if name in own}
     if not held:
         raise UsageError(f"{source.path} holds none of this model's weights: is it a BERT checkpoint?")
+    for key in NETWORK_KEYS:
+        theirs, ours = getattr(source.config, key), getattr(model.config, key)
+        if theirs != ours:
+            raise UsageError(
+                f"{source.path} is of a model with {key} {theirs}, but the model configuration says {ours}"
+            )
     for name, tensor in held.items():
         if tensor.shape != own[name].shape:
             raise UsageError(

@@ -12,7 +12,10 @@ import torch
 from training.errors import UsageError
 
 FORMAT_VERSION = 1
+PARTS = ("model", "model_config", "sparsity")  # what every checkpoint holds
 _NAME = re.compile(r"ckpt_(\d+)\.pt")
+_CHUNK = 2**24  # bytes read at a time
+_FOLDER = 0x10  # attribute of an archive's member; torch reads nothing from such a one, and returns what memory held
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -53,7 +56,7 @@ def load_checkpoint(path: str | Path, flag: str = "--init_checkpoint") -> dict:
         raise UsageError(f"{flag} {path}: damaged ({problem})")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UsageError(f"{flag} {path}: not a checkpoint of this suite ({reason})") from error
     if not isinstance(state, dict) or "format_version" not in state:
@@ -62,6 +65,9 @@ def load_checkpoint(path: str | Path, flag: str = "--init_checkpoint") -> dict:
         raise UsageError(
             f"{flag} {path}: has format version {state['format_version']}; this suite reads version {FORMAT_VERSION}"
         )
+    for part in PARTS:
+        if part not in state:
+            raise UsageError(f"{flag} {path}: not a checkpoint of this suite (it has no {part})")
     return state
 
 
@@ -69,27 +75,32 @@ def damage(path: Path) -> str | None:
     """What is wrong with the file, or None: every member of the archive is read against its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
-            member = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+            for member in archive.infolist():  # not `testzip`, which finds members by name: a damaged one hides another
+                if member.external_attr & _FOLDER:
+                    return f"{member.filename} is marked as a folder"
+                with archive.open(member) as file:
+                    while file.read(_CHUNK):
+                        pass
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         return str(error)
-    return None if member is None else f"checksum of {member} does not match"
+    return None
 
 
-def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> tuple[int, Path] | None:
-    """Step and path of the newest checkpoint that verifies; each damaged one on the way is reported in a line.
+def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> tuple[int, Path, dict] | None:
+    """Step, path and content of the newest checkpoint that verifies; `report` takes a line about each that does not.
 
     Raises:
-        UsageError: when there are checkpoints and every one of them is damaged.
+        UsageError: when there are checkpoints and none of them can be used.
     """
     steps = saved_steps(directory)
     for step in reversed(steps):
         path = checkpoint_path(directory, step)
-        problem = damage(path)
-        if problem is None:
-            return step, path
-        report(f"{path} is damaged ({problem}): using the one before it")
+        try:
+            return step, path, load_checkpoint(path, "--output_dir")
+        except UsageError as error:
+            report(f"{error}: using the one before it")
     if steps:
-        raise UsageError(f"--output_dir: all checkpoints in {directory} are damaged; remove them to start anew")
+        raise UsageError(f"--output_dir: none of the checkpoints in {directory} can be used; remove them to start anew")
     return None
 
 

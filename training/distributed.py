@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from training.errors import UsageError
 
 WATCH_SECONDS = 1.0
+LEAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,16 @@ def this_process(use_cuda: bool = True) -> World:
     return World(rank, size, local_rank, torch.device("cuda", local_rank))
 
 
+def reporter(world: World) -> Callable[[str], None]:
+    """Prints lines to stderr on rank 0 and nothing elsewhere: for what happens before there is a logger."""
+
+    def report(line: str) -> None:
+        if world.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    return report
+
+
 @contextlib.contextmanager
 def process_group(world: World):
     """Join the other ranks for the duration: NCCL between GPUs, gloo between CPUs and for what stays on the host."""
@@ -82,6 +95,26 @@ def _end_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+
+
+def leave_together() -> None:
+    """Wait until every rank under this launcher has come here to end with a usage error, but not for long.
+
+    A launcher that sees one rank fail ends the others at once: also one that has yet to say what is wrong, and it
+    would report that signal instead of their exit code. Works without a process group. A rank that found nothing wrong
+    never comes; then the launcher ends it once this one has gone.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    limit, key = timedelta(seconds=LEAVE_SECONDS), f"usage_errors/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
+        if store.add(key, 1) == int(os.environ["WORLD_SIZE"]):
+            store.set(f"{key}/all", "")
+        store.wait([f"{key}/all"], limit)
+    except dist.DistError:
+        return  # the others are not coming, or the launcher is gone
 
 
 def sum_over_ranks(world: World, values: list[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from optimization import (
 from sparse_ops import OperandRefresh, add_adapters, set_operand_dtype
 from training.distributed import World
 
+# Masks never change, and operands follow from the values. torch 2.13 renamed the argument.
+_BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
+BUFFERS_STAY = {next(n for n in _BUFFERS if n in inspect.signature(DistributedDataParallel).parameters): False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +54,7 @@ class Engine:
             self.parallel = DistributedDataParallel(
                 self.model,
                 device_ids=device_ids,
-                broadcast_buffers=False,  # masks never change, and operands follow from the values
+                **BUFFERS_STAY,
                 gradient_as_bucket_view=True,
             )
 

@@ -1,15 +1,11 @@
-"""What the fine-tuning doors share: their flags, where the model comes from, and one loop over padded batches.
-
-Features are numpy arrays with one row an example: `input_ids` [N, S] int32 (0 is padding), `token_type_ids` [N, S],
-`lengths` [N], and whatever labels a task has, [N] each. Batches are cut to their longest row.
-"""
+"""The fine-tuning doors' one loop over padded batches: train, resume, predict, on any number of processes."""
 
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,163 +13,53 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.masking import random_key, random_order
-from modeling import BertConfig
-from optimization import DECAYS, OPTIMIZERS, learning_rate
-from training.assembly import Source, build_model, read_source
+from data.stages import write_atomic
+from optimization import learning_rate
+from training.assembly import build_model
 from training.checkpoint import (
     checkpoint_path,
-    load_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
 )
-from training.distributed import StopSignal, World, gather_objects, sum_over_ranks
+from training.distributed import OutputLock, StopSignal, World, gather_objects, process_group, sum_over_ranks
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
-from training.flags import add_precision_flags, add_switch, real, settle_precision, whole
-from training.logs import Logger
-from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
+from training.finetune_setup import Setup
+from training.logs import Logger, open_json_lines
 
-Features = dict[str, np.ndarray]
 Batch = dict[str, Tensor]
 METRICS = ["step", "epoch", "step_loss", "average_loss", "learning_rate", "sequences_per_second", "tokens_per_second"]
 LOSING_SCORE = -1e4  # of positions behind a batch's longest row
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, which tensor cores like
 
 
-# --------------------------------------------------------------------------------------------------------------- flags
-def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size: int, lr: float) -> None:
-    """The flags that the published GLUE and SQuAD scripts have in common."""
-    model = parser.add_argument_group("model and files")
-    model.add_argument(
-        "--init_checkpoint",
-        metavar="PATH",
-        help="weights to start from: a checkpoint of this suite or a Hugging Face folder",
-    )
-    model.add_argument(
-        "--bert_model", metavar="NAME", help="a label for the run, or a Hugging Face folder to use as --init_checkpoint"
-    )
-    model.add_argument("--config_file", metavar="JSON", help="the model's sizes; by default as the checkpoint says")
-    model.add_argument(
-        "--vocab_file", metavar="FILE", help="the vocabulary, one token a line; a Hugging Face folder has its own"
-    )
-    model.add_argument("--tokenizer", choices=("wordpiece", "bpe"), help="kind of vocabulary; by default the model's")
-    add_switch(model, "--do_lower_case", "lower-case the text, also where the model's configuration does not")
-    model.add_argument("--output_dir", metavar="DIR", help="folder for results, checkpoints and logs")
-    model.add_argument(
-        "--cache_dir", metavar="DIR", help="where encoded examples are kept; by default below --output_dir"
-    )
-    add_switch(model, "--skip_cache", "encode anew and keep nothing")
-    add_switch(model, "--skip_checkpoint", "write no checkpoints")
-    work = parser.add_argument_group("training")
-    add_switch(work, "--do_train", "train")
-    work.add_argument("--max_seq_length", default=max_seq_length, type=whole(8), help="most tokens of an example")
-    work.add_argument(
-        "--train_batch_size",
-        default=batch_size,
-        type=whole(1),
-        help="examples of one optimizer step, over all processes",
-    )
-    work.add_argument(
-        "--gradient_accumulation_steps", default=1, type=whole(1), help="micro-steps that a step is cut into"
-    )
-    work.add_argument("--num_train_epochs", default=epochs, type=real(0), help="passes over the training set")
-    work.add_argument("--max_steps", default=-1, type=whole(-1), help="optimizer steps; -1: as --num_train_epochs says")
-    work.add_argument("--optimizer", default="adamw", choices=tuple(OPTIMIZERS), help="the optimizer")
-    work.add_argument("--learning_rate", default=lr, type=real(0), help="peak learning rate")
-    work.add_argument("--lr_decay", default="linear", choices=tuple(DECAYS), help="schedule after the warm-up")
-    work.add_argument(
-        "--warmup_proportion", default=0.1, type=real(0, 1), help="share of the steps that the rate rises in"
-    )
-    work.add_argument("--weight_decay", default=0.01, type=real(0), help="of all weights but biases and LayerNorms")
-    work.add_argument("--max_grad_norm", default=1.0, type=real(0), help="clip the global gradient norm to this")
-    work.add_argument("--seed", default=42, type=whole(0), help="of new weights, the order of examples and dropout")
-    work.add_argument("--seeds", metavar="LIST", help="several seeds, 0,1,2: one run each, then mean and spread")
-    add_precision_flags(work)
-    add_switch(work, "--amp", "the same as --fp16")
-    work.add_argument("--loss_scale", default=0.0, type=real(), help="0: dynamic loss scaling, the only kind here")
-    add_switch(work, "--no_cuda", "run on the CPU")
-    add_sparsity_flags(parser)
-    logs = parser.add_argument_group("logs and checkpoints")
-    logs.add_argument("--log_freq", default=50, type=whole(1), help="steps between two lines in the text log")
-    logs.add_argument("--json-summary", metavar="FILE", help="also write the results as dllogger lines here")
-    add_switch(logs, "--disable_progress_bar", "no progress bar", aliases=("--disable-progress-bar",))
-    logs.add_argument("--num_steps_per_checkpoint", default=500, type=whole(1), help="steps between two checkpoints")
-    logs.add_argument("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch; not needed")
+class Features(Protocol):
+    """Encoded examples."""
+
+    lengths: np.ndarray
+    """Tokens of each example, [N]."""
+
+    def batch(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        """`input_ids`, `token_type_ids`, `attention_mask` [B, length] int64 of some examples, and their labels [B]."""
 
 
-def settle_finetuning_flags(args) -> None:
-    """Check what the flags say together; afterwards `args.precision` and `args.seed_list` hold the outcome."""
-    if args.output_dir is None:
-        raise UsageError("--output_dir: must be given")
-    if args.loss_scale != 0:
-        raise UsageError(f"--loss_scale {args.loss_scale:g}: only 0, dynamic loss scaling, is supported")
-    if args.max_steps == 0:
-        raise UsageError("--max_steps 0: must be at least 1, or -1 to go by --num_train_epochs")
-    if args.amp:
-        args.fp16 = True
-        args.given_on_command_line.add("fp16")
-    settle_precision(args)
-    try:
-        args.seed_list = [int(word) for word in args.seeds.split(",")] if args.seeds else [args.seed]
-    except ValueError as error:
-        raise UsageError(f"--seeds {args.seeds}: must be whole numbers with commas, such as 0,1,2") from error
-    if args.init_checkpoint is None and args.bert_model is not None and Path(args.bert_model).is_dir():
-        args.init_checkpoint = args.bert_model
-    if args.init_checkpoint is None:
-        raise UsageError("--init_checkpoint: must name a checkpoint or a Hugging Face folder (nothing is downloaded)")
+class LabelledFeatures:
+    """Features from arrays of `data.features.encode`, with the labels of a task, [N], or none."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], labels: np.ndarray | None = None):
+        self.arrays, self.labels, self.lengths = arrays, labels, arrays["lengths"]
+
+    def batch(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        def cut(name: str) -> np.ndarray:
+            found = self.arrays[name][rows, :length].astype(np.int64)
+            return np.pad(found, ((0, 0), (0, length - found.shape[1])))
+
+        batch = {name: cut(name) for name in ("input_ids", "token_type_ids")}
+        batch["attention_mask"] = (np.arange(length) < self.lengths[rows, None]).astype(np.int64)
+        return batch if self.labels is None else batch | {"labels": self.labels[rows]}
 
 
-# --------------------------------------------------------------------------------------------------------------- model
-@dataclass(frozen=True)
-class Setup:
-    """What to fine-tune and how its text is read."""
-
-    source: Source
-    config: BertConfig
-    sparsity: SparsityConfig
-    vocab_file: Path
-    lowercase: bool
-
-
-def read_setup(args) -> Setup:
-    """Read the checkpoint and settle sizes, sparsity and vocabulary with the flags.
-
-    Raises:
-        UsageError: for contradictions, and when no vocabulary is to be found.
-    """
-    source = read_source(args.init_checkpoint)
-    config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file)
-    sparsity = sparsity_from_flags(args, source.sparsity if source.sparsity.sparse else None)
-    check_adapter_flags(args, sparsity)
-    if args.add_lora == "True" and not sparsity.lora_rank:
-        sparsity = replace(sparsity, lora_rank=args.lora_rank)
-    if args.max_seq_length > config.max_position_embeddings:
-        raise UsageError(
-            f"--max_seq_length {args.max_seq_length}: the model has {config.max_position_embeddings} positions"
-        )
-    if (args.tokenizer or config.tokenizer) != "wordpiece":
-        raise UsageError(
-            f"--tokenizer {args.tokenizer or config.tokenizer}: fine-tuning reads wordpiece vocabularies only"
-        )
-    return Setup(
-        source, config, sparsity, _find_vocabulary(args, source, config), args.do_lower_case or config.lowercase
-    )
-
-
-def _find_vocabulary(args, source: Source, config: BertConfig) -> Path:
-    candidates = [args.vocab_file, config.vocab_file]
-    if source.path.is_dir():
-        candidates.append(source.path / "vocab.txt")
-    named = [Path(candidate) for candidate in candidates if candidate is not None]
-    if not named:
-        raise UsageError("--vocab_file: must be given, since the checkpoint does not name its vocabulary")
-    if not named[0].is_file():
-        raise UsageError(f"--vocab_file {named[0]}: no such file")
-    return named[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------- loop
 class FineTuning:
     """One fine-tuning run on this rank: `train`, then `predict` as often as needed.
 
@@ -181,7 +67,9 @@ class FineTuning:
         make_model: builds the dense model with its task head.
         losses: (model outputs, batch) -> loss of each example, [B].
         directory: of this run's checkpoints and logs.
-        total_steps: optimizer steps of the whole run; 0 to predict only.
+
+    Raises:
+        UsageError: when the checkpoint does not fit the model, or lacks the task head that nothing would train.
     """
 
     def __init__(
@@ -193,41 +81,44 @@ class FineTuning:
         losses: Callable[[Tensor | tuple[Tensor, ...], Batch], Tensor],
         directory: Path,
         seed: int,
-        total_steps: int,
         report: Callable[[str], None],
     ):
         self.args, self.world, self.setup, self.losses = args, world, setup, losses
-        self.directory, self.seed, self.total_steps = directory, seed, total_steps
+        self.directory, self.seed, self.report = directory, seed, report
         self.checkpoints = directory / "finetune_ckpts"
-        heads_missing: list[str] = []
+        missing: list[str] = []
         model = build_model(
-            make_model, setup.sparsity, setup.source, seed=seed, mask_init=args.mask_init, report=heads_missing.append
+            make_model, setup.sparsity, setup.source, seed=seed, mask_init=args.mask_init, report=missing.append
         )
-        if heads_missing and not total_steps:
-            raise UsageError(f"--init_checkpoint {heads_missing[0]}: fine-tune it first, with --do_train")
-        for line in heads_missing:
+        if missing and not args.do_train:
+            raise UsageError(f"--init_checkpoint: {missing[0]}; fine-tune it first, with --do_train")
+        for line in missing:
             report(line)
         self.engine = Engine(model, world, args)
-        self.step, self.loss_total = 0, 0.0
-        if total_steps:
-            self._resume(report)
+        self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 
-    def _resume(self, report: Callable[[str], None]) -> None:
-        newest = newest_checkpoint(self.checkpoints, report)
+    def plan(self, total_steps: int) -> None:
+        """Set the length of the run, and go on from the newest checkpoint of its directory if there is one."""
+        self.total_steps = total_steps
+        if total_steps:
+            self._resume()
+
+    def _resume(self) -> None:
+        newest = newest_checkpoint(self.checkpoints, self.report)
         if newest is None:
             return
-        step, path = newest
-        checkpoint = load_checkpoint(path, "--output_dir")
+        step, _, checkpoint = newest
+        now = self._defining_arguments()
         for name, value in checkpoint["arguments"].items():
-            if value != self._defining_arguments().get(name):
+            if value != now.get(name):
                 raise UsageError(
-                    f"--output_dir {self.directory}: holds a run with --{name} {value}, not "
-                    f"{self._defining_arguments().get(name)}; give another folder"
+                    f"--output_dir {self.directory}: holds a run with {name} {value}, not {now.get(name)}; "
+                    "give another folder"
                 )
         self.engine.model.load_state_dict(checkpoint["model"])
         self.engine.load_state_dict(checkpoint)
         self.step, self.loss_total = step, checkpoint["loss_total"]
-        report(f"resumed after step {step} of {self.total_steps}")
+        self.report(f"{self.directory}: goes on after step {step} of {self.total_steps}")
 
     def _defining_arguments(self) -> dict:
         """The flags that make it the same run when it is started again."""
@@ -242,14 +133,6 @@ class FineTuning:
         )
         found = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
         return found | {"seed": self.seed, "total_steps": self.total_steps}
-
-    def connect(self) -> None:
-        """Join the other ranks; call it inside the process group."""
-        self.engine.connect()
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.total_steps
 
     def train(self, features: Features, logger: Logger, stop: StopSignal) -> bool:
         """Take the steps that are left. Returns whether the run is finished, and not stopped by a signal."""
@@ -269,12 +152,12 @@ class FineTuning:
                 warmup_proportion=self.args.warmup_proportion,
                 decay=self.args.lr_decay,
             )
-            rows = self._rows(step, len(features["lengths"]))
+            rows = self._rows(step, len(features.lengths))
             loss, tokens = self._take_step(step, features, rows, rate)
             self.step, self.loss_total = step, self.loss_total + loss
             seconds = time.perf_counter() - started
             metrics = {
-                "epoch": (step - 1) // self._steps_per_epoch(len(features["lengths"])),
+                "epoch": (step - 1) // self._steps_per_epoch(len(features.lengths)),
                 "step_loss": loss,
                 "average_loss": self.loss_total / step,
                 "learning_rate": rate,
@@ -314,7 +197,7 @@ class FineTuning:
                 self.engine.backward(loss_sum / len(rows) * self.world.size)
             total = total + loss_sum.detach()
         self.engine.step(rate)
-        loss, tokens = sum_over_ranks(self.world, [total.item(), 0.0])[0], float(features["lengths"][rows].sum())
+        loss, tokens = sum_over_ranks(self.world, [total.item(), 0.0])[0], float(features.lengths[rows].sum())
         return loss / len(rows), tokens
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, ...]:
@@ -328,7 +211,7 @@ class FineTuning:
         A model that returns [B, C] gives [N, 1, C]; one that returns a pair of [B, S] gives [N, 2, width], padded with
         a score that loses against any other.
         """
-        model, rows = self.engine.model.eval(), np.argsort(-features["lengths"], kind="stable")
+        model, rows = self.engine.model.eval(), np.argsort(-features.lengths, kind="stable")
         batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         mine, found = batches[self.world.rank :: self.world.size], []
         quiet = self.args.disable_progress_bar or not self.world.is_main
@@ -358,27 +241,81 @@ class FineTuning:
 
 
 def padded_batch(features: Features, rows: np.ndarray, device: torch.device) -> Batch:
-    """The rows as tensors [B, S], cut to the longest of them; labels as they are."""
-    lengths = features["lengths"][rows]
-    longest = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, features["input_ids"].shape[1])
-    batch = {
-        "input_ids": features["input_ids"][rows, :longest].astype(np.int64),
-        "token_type_ids": features["token_type_ids"][rows, :longest].astype(np.int64),
-        "attention_mask": (np.arange(longest) < lengths[:, None]).astype(np.int64),
-    }
-    batch |= {name: array[rows] for name, array in features.items() if name not in (*batch, "lengths")}
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
+    """The rows as tensors on the device, cut to the longest of them."""
+    longest = -(-int(features.lengths[rows].max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    arrays = features.batch(rows, longest)
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
 def total_steps(args, examples: int) -> int:
-    """Optimizer steps that `--max_steps` or `--num_train_epochs` mean; 0 without `--do_train`."""
-    if not args.do_train:
-        return 0
+    """Optimizer steps that `--max_steps` or `--num_train_epochs` mean."""
     return (
         args.max_steps
         if args.max_steps > 0
         else math.ceil(args.num_train_epochs * math.ceil(examples / args.train_batch_size))
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- whole jobs
+class Job(Protocol):
+    """What a door adds to the loop."""
+
+    name: str
+    """Of the task, in the results."""
+
+    def make_model(self) -> nn.Module: ...
+
+    def losses(self, outputs: Tensor | tuple[Tensor, ...], batch: Batch) -> Tensor: ...
+
+    def load(self) -> Features | None:
+        """Read and encode all data; return the training set, None without `--do_train`."""
+
+    def finish(self, tuning: FineTuning) -> dict[str, float]:
+        """Predict, write and score with the trained model; the metrics, empty without `--do_eval`."""
+
+
+def run_job(args, world: World, setup: Setup, job: Job, report: Callable[[str], None]) -> None:
+    """Train and finish once for each seed; rank 0 writes `OUTPUT_DIR/eval_results.json` with mean and spread.
+
+    Everything that can be wrong with flags, checkpoint and data is found before the ranks join.
+    """
+    output_dir, results = Path(args.output_dir), {}
+
+    def tuning_of(seed: int) -> FineTuning:
+        directory = output_dir if len(args.seed_list) == 1 else output_dir / f"seed_{seed}"
+        return FineTuning(args, world, setup, job.make_model, job.losses, directory, seed, report)
+
+    tuning = tuning_of(args.seed_list[0])
+    features = job.load()
+    steps = 0 if features is None else total_steps(args, len(features.lengths))
+    tuning.plan(steps)
+    stop = StopSignal()
+    with process_group(world):
+        lock = OutputLock(world, output_dir)
+        for seed in args.seed_list:
+            if seed != tuning.seed:
+                tuning = tuning_of(seed)
+                tuning.plan(steps)
+            if not _train(tuning, features, stop):
+                return
+            results[seed] = job.finish(tuning)
+            if results[seed]:
+                report(f"{job.name}, seed {seed}: " + ", ".join(f"{k} {v:.4f}" for k, v in results[seed].items()))
+        if args.do_eval and world.is_main:
+            _write_results(args, {"task": job.name} | over_seeds(results))
+        lock.release()
+
+
+def _train(tuning: FineTuning, features: Features | None, stop: StopSignal) -> bool:
+    tuning.engine.connect()
+    if tuning.step >= tuning.total_steps:
+        return True
+    tuning.directory.mkdir(parents=True, exist_ok=True)
+    logger = Logger(tuning.directory, "finetune", METRICS, tuning.step, enabled=tuning.world.is_main)
+    try:
+        return tuning.train(features, logger, stop)
+    finally:
+        logger.close()
 
 
 def over_seeds(results: dict[int, dict[str, float]]) -> dict:
@@ -392,8 +329,9 @@ def over_seeds(results: dict[int, dict[str, float]]) -> dict:
     }
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+def _write_results(args, results: dict) -> None:
+    write_atomic(Path(args.output_dir) / "eval_results.json", json.dumps(results, indent=2) + "\n")
+    if args.json_summary is not None:
+        summary = open_json_lines(Path(args.json_summary))
+        summary.log(step="SUMMARY", data=results["metrics"])
+        summary.close()

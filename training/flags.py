@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from training.distributed import leave_together
 from training.errors import UsageError
 
 
@@ -25,6 +26,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=118)
 
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
+
 
 def run_door(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UsageError` becomes one line on stderr and exit code 2.
@@ -35,7 +42,9 @@ def run_door(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            line = str(error).replace("\n", " ")
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+        leave_together()
         sys.exit(2)
 
 
@@ -75,8 +84,8 @@ def real(low: float = float("-inf"), high: float = float("inf")) -> Callable[[st
 
 def _number(word: str) -> float:
     try:
-        number = float(word)
-    except (TypeError, ValueError):
+        number = float("nan") if isinstance(word, bool) else float(word)
+    except (ValueError, OverflowError):
         number = float("nan")
     if not abs(number) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number, not {word}")
@@ -98,8 +107,8 @@ def add_precision_flags(group) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
-def parse_with_defaults_file(parser: argparse.ArgumentParser, argv: list[str] | None, file_flag: str = "config_file"):
-    """Parse `argv`; a JSON file named by `--<file_flag>` sets defaults, and the command line wins over it.
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, file_flag: str | None = None):
+    """Parse `argv`; a JSON file named by `--<file_flag>`, if there is one, sets defaults, and the command line wins.
 
     Returns:
         The namespace, with two sets beside the flags: `given_on_command_line` and `given` (there or in the file).
@@ -108,6 +117,7 @@ def parse_with_defaults_file(parser: argparse.ArgumentParser, argv: list[str] | 
         UsageError: for a flag or a key of the file that does not exist, or a value that its flag would not take.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    parser.parse_args(argv)  # for --help and mistakes, while the parser still has its defaults
     defaults = {dest: action.default for dest, action in actions.items()}
     for action in actions.values():  # with no defaults, what the namespace holds is what was given
         action.default = argparse.SUPPRESS
@@ -115,7 +125,7 @@ def parse_with_defaults_file(parser: argparse.ArgumentParser, argv: list[str] | 
     for dest, action in actions.items():
         action.default = defaults[dest]
     from_file = {}
-    if given.get(file_flag) is not None:
+    if file_flag is not None and given.get(file_flag) is not None:
         from_file = _read_defaults_file(given[file_flag], actions, f"--{file_flag}")
     args = argparse.Namespace(**(defaults | from_file | given))
     args.given_on_command_line, args.given = set(given), set(given) | set(from_file)
@@ -140,7 +150,7 @@ def _read_defaults_file(path: str, actions: dict[str, argparse.Action], flag: st
     for key, value in read_json(path, flag).items():
         if key in _KFAC_KEYS:
             _refuse_kfac(key, value, f"{flag} {path}")
-        elif key not in actions:
+        elif key not in actions or f"--{key}" == flag:
             raise UsageError(f"{flag} {path}: key {key} is no flag of this script (see --help)")
         else:
             values[key] = _checked(actions[key], value, f"{flag} {path}: key {key}")
@@ -158,6 +168,8 @@ def _refuse_kfac(key: str, value, where: str) -> None:
 def _checked(action: argparse.Action, value, where: str):
     if value is None:
         return action.default
+    if not isinstance(value, str | int | float):
+        raise UsageError(f"{where}: must be one word, number, true or false, not {json.dumps(value)}")
     try:
         parsed = action.type(value) if action.type else str(value)
     except argparse.ArgumentTypeError as error:

@@ -29,7 +29,7 @@ class Logger:
             return
         self._text = (output_dir / f"{prefix}.txt").open("a", buffering=1)
         self._csv_file, self._csv = _open_csv(output_dir / f"{prefix}_metrics.csv", columns, resume_step)
-        self._json = _open_json(output_dir / f"{prefix}.json")
+        self._json = open_json_lines(output_dir / f"{prefix}.json")
         from torch.utils.tensorboard import SummaryWriter  # here, since it takes a second to import
 
         self._tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=resume_step + 1)
@@ -81,9 +81,8 @@ def _open_csv(path: Path, columns: list[str], resume_step: int):
     kept = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [
-                row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) <= resume_step
-            ]
+            steps = [(row.get("step") or "", row) for row in csv.DictReader(file)]
+        kept = [row for step, row in steps if step.isdigit() and int(step) <= resume_step]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -130,7 +129,8 @@ class _DLLogger:
         self._logger.flush()
 
 
-def _open_json(path: Path) -> _JsonLines | _DLLogger:
+def open_json_lines(path: Path) -> _JsonLines | _DLLogger:
+    """Where dllogger's JSON lines go: dllogger itself, or what writes the same lines."""
     try:
         dllogger = import_module("dllogger")
     except ImportError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.assembly import Source, read_source, source_of
-from training.checkpoint import load_checkpoint, newest_checkpoint
+from training.checkpoint import newest_checkpoint
 from training.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def find_start(args, checkpoint_dir: Path, report: Callable[[str], None]) -> Sta
     newest = newest_checkpoint(checkpoint_dir, report)
     if newest is None:
         return _fresh_start(args, phase_start, phase_end, checkpoint_dir)
-    step, path = newest
+    step, path, checkpoint = newest
     if step < phase_start:
         raise UsageError(
             f"--previous_phase_end_step {phase_start}: the newest checkpoint, {path}, is of step {step}; "
@@ -51,7 +51,6 @@ def find_start(args, checkpoint_dir: Path, report: Callable[[str], None]) -> Sta
         )
     if step >= phase_end:
         return Start(step, phase_start, phase_end)
-    checkpoint = load_checkpoint(path, "--output_dir")
     if step > phase_start and checkpoint["phase_start"] != phase_start:
         raise UsageError(
             f"--previous_phase_end_step {phase_start}: {path} belongs to the phase that began after step "

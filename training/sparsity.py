@@ -107,8 +107,8 @@ def pattern_of_blocks(sparsity_increment: Sequence[int], num_blocks: int) -> lis
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
-def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False")) -> None:
-    """The flags of the published scripts that say what is pruned; the three doors share them."""
+def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False")):
+    """Add the published scripts' flags that say what is pruned, which the three doors share; returns their group."""
     group = parser.add_argument_group("sparsity")
     group.add_argument(
         "--pruned_matrix",
@@ -157,6 +157,7 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
     )
     group.add_argument("--lora_rank", default=4, type=whole(1), help="rank of the low-rank adapters")
     group.add_argument("--lora_weight_decay", default=1e-4, type=real(0), help="weight decay of the adapters")
+    return group
 
 
 def sparsity_from_flags(args, saved: SparsityConfig | None = None) -> SparsityConfig:

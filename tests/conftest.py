@@ -1,0 +1,45 @@
+"""What every test shares: import paths, one thread for arithmetic, and the small pretraining runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tests", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices are slower on more
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from pretraining_runs import TrainingFiles, begin_run, make_files  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> TrainingFiles:
+    """Shards and model configurations of a tiny BERT."""
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(files, tmp_path_factory) -> Path:
+    """Output directory of an uninterrupted run of the standard settings: 20 steps, adapters from step 15 on.
+
+    Read-only for tests.
+    """
+    output = tmp_path_factory.mktemp("whole")
+    run = begin_run(files.flags(output, eval_dir=files.heldout, eval_interval=10)).finish()
+    assert run.code == 0, run.stderr
+    return output

@@ -1,0 +1,146 @@
+"""What the fine-tuning doors begin with: the published scripts' common flags, and the model that they name."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modeling import BertConfig
+from optimization import DECAYS, OPTIMIZERS
+from training.assembly import Source, read_source
+from training.errors import UsageError
+from training.flags import add_precision_flags, add_switch, real, settle_precision, whole
+from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
+
+
+def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size: int, lr: float) -> None:
+    """The flags that the published GLUE and SQuAD scripts have in common."""
+    model = parser.add_argument_group("model and files")
+    model.add_argument(
+        "--init_checkpoint",
+        metavar="PATH",
+        help="weights to start from: a checkpoint of this suite or a Hugging Face folder",
+    )
+    model.add_argument(
+        "--bert_model", metavar="NAME", help="a label for the run, or a Hugging Face folder to use as --init_checkpoint"
+    )
+    model.add_argument("--config_file", metavar="JSON", help="the model's sizes; by default as the checkpoint says")
+    model.add_argument(
+        "--vocab_file", metavar="FILE", help="the vocabulary, one token a line; a Hugging Face folder has its own"
+    )
+    model.add_argument("--tokenizer", choices=("wordpiece", "bpe"), help="kind of vocabulary; by default the model's")
+    add_switch(model, "--do_lower_case", "lower-case the text, also where the model's configuration does not")
+    model.add_argument("--output_dir", metavar="DIR", help="folder for results, checkpoints and logs")
+    model.add_argument(
+        "--cache_dir", metavar="DIR", help="where encoded examples are kept; by default below --output_dir"
+    )
+    add_switch(model, "--skip_cache", "encode anew and keep nothing")
+    add_switch(model, "--skip_checkpoint", "write no checkpoints")
+    work = parser.add_argument_group("training")
+    add_switch(work, "--do_train", "train")
+    work.add_argument("--max_seq_length", default=max_seq_length, type=whole(8), help="most tokens of an example")
+    work.add_argument(
+        "--train_batch_size",
+        default=batch_size,
+        type=whole(1),
+        help="examples of one optimizer step, over all processes",
+    )
+    work.add_argument(
+        "--gradient_accumulation_steps", default=1, type=whole(1), help="micro-steps that a step is cut into"
+    )
+    work.add_argument("--num_train_epochs", default=epochs, type=real(0), help="passes over the training set")
+    work.add_argument("--max_steps", default=-1, type=whole(-1), help="optimizer steps; -1: as --num_train_epochs says")
+    work.add_argument("--optimizer", default="adamw", choices=tuple(OPTIMIZERS), help="the optimizer")
+    work.add_argument("--learning_rate", default=lr, type=real(0), help="peak learning rate")
+    work.add_argument("--lr_decay", default="linear", choices=tuple(DECAYS), help="schedule after the warm-up")
+    work.add_argument(
+        "--warmup_proportion", default=0.1, type=real(0, 1), help="share of the steps that the rate rises in"
+    )
+    work.add_argument("--weight_decay", default=0.01, type=real(0), help="of all weights but biases and LayerNorms")
+    work.add_argument("--max_grad_norm", default=1.0, type=real(0), help="clip the global gradient norm to this")
+    work.add_argument("--seed", default=42, type=whole(0), help="of new weights, the order of examples and dropout")
+    work.add_argument("--seeds", metavar="LIST", help="several seeds, 0,1,2: one run each, then mean and spread")
+    add_precision_flags(work)
+    add_switch(work, "--amp", "the same as --fp16")
+    work.add_argument("--loss_scale", default=0.0, type=real(), help="0: dynamic loss scaling, the only kind here")
+    add_switch(work, "--no_cuda", "run on the CPU")
+    add_sparsity_flags(parser)
+    logs = parser.add_argument_group("logs and checkpoints")
+    logs.add_argument("--log_freq", default=50, type=whole(1), help="steps between two lines in the text log")
+    logs.add_argument("--json-summary", metavar="FILE", help="also write the results as dllogger lines here")
+    add_switch(logs, "--disable_progress_bar", "no progress bar", aliases=("--disable-progress-bar",))
+    logs.add_argument("--num_steps_per_checkpoint", default=500, type=whole(1), help="steps between two checkpoints")
+    logs.add_argument("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch; not needed")
+
+
+def settle_finetuning_flags(args) -> None:
+    """Check what the flags say together; afterwards `args.precision` and `args.seed_list` hold the outcome."""
+    if args.output_dir is None:
+        raise UsageError("--output_dir: must be given")
+    if args.loss_scale != 0:
+        raise UsageError(f"--loss_scale {args.loss_scale:g}: only 0, dynamic loss scaling, is supported")
+    if args.max_steps == 0:
+        raise UsageError("--max_steps 0: must be at least 1, or -1 to go by --num_train_epochs")
+    if args.amp:
+        args.fp16 = True
+        args.given_on_command_line.add("fp16")
+    settle_precision(args)
+    try:
+        args.seed_list = [int(word) for word in args.seeds.split(",")] if args.seeds else [args.seed]
+    except ValueError as error:
+        raise UsageError(f"--seeds {args.seeds}: must be whole numbers with commas, such as 0,1,2") from error
+    if args.init_checkpoint is None and args.bert_model is not None and Path(args.bert_model).is_dir():
+        args.init_checkpoint = args.bert_model
+    if args.init_checkpoint is None:
+        raise UsageError("--init_checkpoint: must name a checkpoint or a Hugging Face folder (nothing is downloaded)")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to fine-tune and how its text is read."""
+
+    source: Source
+    config: BertConfig
+    sparsity: SparsityConfig
+    vocab_file: Path
+    lowercase: bool
+
+
+def read_setup(args) -> Setup:
+    """Read the checkpoint and settle sizes, sparsity and vocabulary with the flags.
+
+    Raises:
+        UsageError: for contradictions, and when no vocabulary is to be found.
+    """
+    source = read_source(args.init_checkpoint)
+    config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file)
+    sparsity = sparsity_from_flags(args, source.sparsity if source.sparsity.sparse else None)
+    check_adapter_flags(args, sparsity)
+    if args.add_lora == "True" and not sparsity.lora_rank:
+        sparsity = replace(sparsity, lora_rank=args.lora_rank)
+    if args.max_seq_length > config.max_position_embeddings:
+        raise UsageError(
+            f"--max_seq_length {args.max_seq_length}: the model has {config.max_position_embeddings} positions"
+        )
+    if (args.tokenizer or config.tokenizer) != "wordpiece":
+        raise UsageError(
+            f"--tokenizer {args.tokenizer or config.tokenizer}: fine-tuning reads wordpiece vocabularies only"
+        )
+    return Setup(
+        source, config, sparsity, _find_vocabulary(args, source, config), args.do_lower_case or config.lowercase
+    )
+
+
+def _find_vocabulary(args, source: Source, config: BertConfig) -> Path:
+    candidates = [args.vocab_file, config.vocab_file]
+    if source.path.is_dir():
+        candidates.append(source.path / "vocab.txt")
+    named = [Path(candidate) for candidate in candidates if candidate is not None]
+    if not named:
+        raise UsageError("--vocab_file: must be given, since the checkpoint does not name its vocabulary")
+    if not named[0].is_file():
+        raise UsageError(f"--vocab_file {named[0]}: no such file")
+    return named[0]
+
+
+def cache_dir(args) -> Path | None:
+    """Where encoded examples are kept; None with `--skip_cache`."""
+    return None if args.skip_cache else Path(args.cache_dir or Path(args.output_dir) / "cache")
