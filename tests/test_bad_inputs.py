@@ -1,0 +1,627 @@
+"""What wrong input gets from run_pretraining.py: one line with what would be right, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from pretraining_runs import (
+    LENGTH,
+    MODEL,
+    ROOT,
+    VOCAB_SIZE,
+    TrainingFiles,
+    begin_ranks,
+    begin_run,
+    kill_after,
+    run,
+    snapshot,
+    write_model,
+)
+from shard_factory import write_arrays, write_premasked_shard, write_shard
+
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.hf_folders import save_hf_folder
+
+SPOKEN = "run_pretraining.py: error: "
+
+
+def refused(flags: list[str], output: Path, *words: str) -> str:
+    """Assert that the run is refused in one line with these words, and changes nothing; returns the line."""
+    before = snapshot(output)
+    ended = begin_run(flags).finish()
+    assert ended.code == 2, ended
+    assert ended.stdout == ""
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(SPOKEN), ended.stderr
+    for word in words:
+        assert word in lines[0]
+    assert snapshot(output) == before
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------------------------- flags alone
+WRONG_FLAGS = [
+    # what is wrong, what the line says beside the flag
+    ({"max_steps": 0}, "at least 1"),
+    ({"max_steps": "many"}, "must be a number, not many"),
+    ({"max_steps": 2.5}, "whole number"),
+    ({"global_batch_size": 0}, "at least 1"),
+    ({"local_batch_size": 0}, "at least 1"),
+    ({"local_batch_size": -8}, "at least 1"),
+    ({"learning_rate": "nan"}, "must be a number"),
+    ({"learning_rate": "inf"}, "must be a number"),
+    ({"learning_rate": -1e-3}, "at least 0"),
+    ({"weight_decay": -0.1}, "at least 0"),
+    ({"lora_weight_decay": "nan"}, "must be a number"),
+    ({"warmup_proportion": 1.5}, "from 0 to 1"),
+    ({"masked_token_fraction": 20}, "from 0 to 1"),
+    ({"max_grad_norm": 0}, "above 0"),
+    ({"max_predictions_per_seq": 0}, "at least 1"),
+    ({"num_steps_per_checkpoint": 0}, "at least 1"),
+    ({"keep_checkpoints": 0}, "at least 1"),
+    ({"eval_interval": -1}, "at least 1"),
+    ({"num_workers": -1}, "at least 0"),
+    ({"seed": -1}, "from 0 to"),
+    ({"seed": 2**64}, "from 0 to"),
+    ({"previous_phase_end_step": -1}, "at least 0"),
+    ({"double_prune_interval": -1}, "at least 0"),
+    ({"lora_rank": 0}, "at least 1"),
+    ({"lora_rank": -4}, "at least 1"),
+    ({"lazy_lora_fraction": 2}, "from 0 to 1"),
+    ({"optimizer": "lion"}, "lamb"),
+    ({"lr_decay": "step"}, "poly"),
+    ({"precision": "fp8"}, "bf16"),
+    ({"mask_init": "largest"}, "magnitude"),
+    ({"add_lora": "yes"}, "lazy"),
+    ({"pruned_matrix": "weights"}, "static-weight"),
+    ({"pruned_matrix": ""}, "static-weight"),
+    ({"reduction_dim": 1}, "True or False"),
+    ({"skip_attention": "true"}, "True or False"),
+    ({"fp16": "yes"}, "True or False"),
+    ({"unstructured_mask_sparsity": 100, "unstructured_masking": True}, "below 100"),
+    ({"unstructured_mask_sparsity": -5, "unstructured_masking": True}, "from 0"),
+    ({"unstructured_masking": True, "pruned_matrix": "dynamic-weight"}, "static-weight"),
+    ({"sparsity_increment": "a,b"}, "ascending block numbers"),
+    ({"sparsity_increment": "1,0"}, "ascending block numbers"),
+    ({"sparsity_increment": "0,0"}, "ascending block numbers"),
+    ({"sparsity_increment": "0,-1,1"}, "ascending block numbers"),
+    ({"sparsity_increment": "0,"}, "ascending block numbers"),
+    ({"sparsity_increment": "2"}, "between 0 and 1"),
+    ({"sparsity_increment": "0,12,-1"}, "2 blocks"),
+    ({"log_prefix": "logs/phase1"}, "without directories"),
+    ({"log_prefix": ""}, "without directories"),
+    ({"input_dir": None}, "must be given"),
+    ({"input_dir": ""}, "must be given"),
+    ({"output_dir": ""}, "must be given"),
+    ({"output_dir": None}, "must be given"),
+    ({"model_config_file": None}, "must be given"),
+    ({"kfac": "True"}, "unrecognized arguments"),
+    ({"max_step": 5}, "unrecognized arguments"),
+    ({"local_rank": "first"}, "must be a number"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG_FLAGS, ids=[" ".join(map(str, c.items())) for c, _ in WRONG_FLAGS])
+def test_a_flag_with_a_wrong_value(files, tmp_path, changes, words):
+    output = tmp_path / "out"
+    refused(files.flags(output, **changes), output, f"--{next(iter(changes))}", words)
+
+
+def test_fp16_with_another_precision(files, tmp_path):
+    refused(
+        [*files.flags(tmp_path / "out"), "--fp16", "--precision", "bf16"], tmp_path / "out", "--fp16", "--precision"
+    )
+
+
+def test_adapters_without_pruned_layers(files, tmp_path):
+    for word in ("lazy", "True"):
+        flags = files.flags(tmp_path / "out", add_lora=word, pruned_matrix="none")
+        refused(flags, tmp_path / "out", f"--add_lora {word}", "--pruned_matrix is none")
+
+
+def test_a_flag_without_its_value_or_shortened(files, tmp_path):
+    flags = files.flags(tmp_path / "out")
+    refused([*flags, "--seed"], tmp_path / "out", "--seed")
+    refused([*flags, "--learning", "1e-3"], tmp_path / "out", "--learning")
+    refused([*flags, "nonsense"], tmp_path / "out", "nonsense")
+
+
+def test_a_value_with_a_line_break_is_still_one_line(files, tmp_path):
+    refused(files.flags(tmp_path / "out", input_dir="no\nsuch"), tmp_path / "out", "--input_dir no such")
+
+
+# -------------------------------------------------------------------------------------------------------- config files
+WRONG_CONFIG_VALUES = [
+    ({"maximum_steps": 5}, "maximum_steps", "no flag of this script"),
+    ({"help": True}, "help", "no flag of this script"),
+    ({"config_file": "other.json"}, "config_file", "no flag of this script"),
+    ({"kfac": True}, "kfac", "set it to false"),
+    ({"kfac": "false"}, "kfac", "set it to false"),
+    ({"max_steps": "many"}, "max_steps", "must be a number"),
+    ({"max_steps": True}, "max_steps", "must be a number"),
+    ({"max_steps": 10**400}, "max_steps", "must be a number"),
+    ({"max_steps": [5]}, "max_steps", "one word, number"),
+    ({"learning_rate": float("nan")}, "learning_rate", "must be a number"),
+    ({"learning_rate": {"peak": 1}}, "learning_rate", "one word, number"),
+    ({"output_dir": ["a", "b"]}, "output_dir", "one word, number"),
+    ({"fp16": 1}, "fp16", "True or False"),
+    ({"optimizer": "adagrad"}, "optimizer", "adamw"),
+    ({"local_rank": "first"}, "local_rank", "must be a number"),
+    ({"lora_rank": 0}, "lora_rank", "at least 1"),
+    ({"fp16": True, "precision": "bf16"}, "--fp16", "--precision bf16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "words"), WRONG_CONFIG_VALUES, ids=[str(v)[:40] for v, *_ in WRONG_CONFIG_VALUES]
+)
+def test_a_wrong_entry_of_the_config_file(files, tmp_path, values, key, words):
+    config, output = tmp_path / "phase.json", tmp_path / "out"
+    config.write_text(json.dumps(values))
+    named = () if key.startswith("--") else ("--config_file", str(config))
+    changes = {"config_file": config} | {name: None for name in values if name in ("max_steps", "learning_rate")}
+    refused(files.flags(output, **changes), output, key, words, *named)
+
+
+def test_a_config_file_that_is_none(files, tmp_path):
+    output, path = tmp_path / "out", tmp_path / "phase.json"
+    flags = files.flags(output, config_file=path)
+    refused(flags, output, "--config_file", str(path), "cannot be read")
+    refused(files.flags(output, config_file=tmp_path), output, "--config_file", str(tmp_path), "cannot be read")
+    for content in (b"{", b"", b"\xff\xfe\x00", b"max_steps: 5"):
+        path.write_bytes(content)
+        refused(flags, output, "--config_file", str(path), "is not JSON")
+    for content in (b"[1]", b"5", b"null"):
+        path.write_bytes(content)
+        refused(flags, output, "--config_file", str(path), "one JSON object")
+
+
+WRONG_MODELS = [
+    ({"hidden_sizes": 16}, "hidden_sizes"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"hidden_size": "16"}, "hidden_size"),
+    ({"hidden_size": 0}, "hidden_size"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    ({"num_attention_heads": 3}, "num_attention_heads"),
+    ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob"),
+    ({"hidden_act": "swish"}, "hidden_act"),
+    ({"tokenizer": "sentencepiece"}, "tokenizer"),
+    ({"next_sentence": "yes"}, "next_sentence"),
+    ({"vocab_file": 5}, "vocab_file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), WRONG_MODELS, ids=[str(c) for c, _ in WRONG_MODELS])
+def test_a_wrong_model_configuration(files, tmp_path, changes, key):
+    model = write_model(tmp_path / "model.json", **changes)
+    refused(files.flags(tmp_path / "out", model_config_file=model), tmp_path / "out", str(model), key)
+
+
+def test_a_model_configuration_that_lacks_a_size_or_is_none(files, tmp_path):
+    output, model = tmp_path / "out", tmp_path / "model.json"
+    flags = files.flags(output, model_config_file=model)
+    refused(flags, output, str(model), "cannot be read")
+    refused(files.flags(output, model_config_file=tmp_path), output, str(tmp_path), "cannot be read")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        model.write_text(json.dumps({name: value for name, value in MODEL.items() if name != key}))
+        refused(flags, output, str(model), key)
+    model.write_text("{")
+    refused(flags, output, str(model), "not a JSON file")
+
+
+def test_a_dimension_that_m_does_not_divide(files, tmp_path):
+    odd = write_model(tmp_path / "odd.json", intermediate_size=30)
+    for matrix in ("static-weight", "dynamic-weight", "dynamic-input"):
+        flags = files.flags(tmp_path / "out", model_config_file=odd, pruned_matrix=matrix)
+        refused(flags, tmp_path / "out", "--pruned_matrix", "multiples of 4")
+    flags = files.flags(tmp_path / "out", model_config_file=write_model(tmp_path / "m.json", intermediate_size=36))
+    refused([*flags, "--sparsity_increment", "1"], tmp_path / "out", "--sparsity_increment", "multiples of 8")
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+def no_folder(files: TrainingFiles, folder: Path) -> None:
+    folder.rmdir()
+
+
+def empty_folder(files: TrainingFiles, folder: Path) -> None:
+    (folder / "readme.txt").write_text("no shard here")
+
+
+def a_file(files: TrainingFiles, folder: Path) -> None:
+    folder.rmdir()
+    folder.write_text("a file")
+
+
+def truncated(files: TrainingFiles, folder: Path) -> None:
+    content = (files.train / "shard_0.hdf5").read_bytes()
+    (folder / "shard.hdf5").write_bytes(content[: len(content) // 2])
+
+
+def empty_file(files: TrainingFiles, folder: Path) -> None:
+    (folder / "shard.hdf5").touch()
+
+
+def text_file(files: TrainingFiles, folder: Path) -> None:
+    (folder / "shard.hdf5").write_text("Once upon a time\n" * 100)
+
+
+def foreign(files: TrainingFiles, folder: Path) -> None:
+    write_arrays(folder / "shard.hdf5", {"images": np.zeros((4, 8, 8), np.int32)}, {})
+
+
+def no_samples(files: TrainingFiles, folder: Path) -> None:
+    arrays = {"input_ids": np.zeros((0, LENGTH), np.int32), "special_token_positions": np.zeros((0, 3), np.int32)}
+    write_arrays(folder / "shard.hdf5", arrays | {"next_sentence_labels": np.zeros(0, np.int8)}, {})
+
+
+def attributes_beyond_the_vocabulary(files: TrainingFiles, folder: Path) -> None:
+    for name in ("a", "b"):
+        write_shard(folder / f"{name}.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH)
+    with h5py.File(folder / "b.hdf5", "r+") as file:
+        file.attrs["max_token_id"] = VOCAB_SIZE  # a later shard, but what it says of itself is read at the start
+
+
+def data_beyond_the_vocabulary(files: TrainingFiles, folder: Path) -> None:
+    write_shard(folder / "shard.hdf5", vocab_size=VOCAB_SIZE + 30, length=LENGTH, count=30, attributes=False)
+
+
+def negative_token(files: TrainingFiles, folder: Path) -> None:
+    write_shard(folder / "shard.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH)
+    with h5py.File(folder / "shard.hdf5", "r+") as file:
+        file["input_ids"][3, 2] = -1
+
+
+def longer_than_the_position_table(files: TrainingFiles, folder: Path) -> None:
+    write_shard(folder / "shard.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH * 2)
+
+
+def lengths_that_differ(files: TrainingFiles, folder: Path) -> None:
+    write_shard(folder / "a.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH)
+    write_shard(folder / "b.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH // 2)
+
+
+def layouts_that_differ(files: TrainingFiles, folder: Path) -> None:
+    write_shard(folder / "a.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH)
+    write_premasked_shard(folder / "b.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH)
+
+
+def no_mask_token(files: TrainingFiles, folder: Path) -> None:
+    write_shard(folder / "shard.hdf5", vocab_size=VOCAB_SIZE, length=LENGTH, attributes=False)
+
+
+WRONG_SHARDS = [
+    (no_folder, "no such folder"),
+    (empty_folder, "no HDF5 shards"),
+    (a_file, "no such folder"),
+    (truncated, "shard.hdf5"),
+    (empty_file, "shard.hdf5"),
+    (text_file, "shard.hdf5"),
+    (foreign, "shard.hdf5"),
+    (no_samples, "no samples"),
+    (attributes_beyond_the_vocabulary, f"vocabulary of {VOCAB_SIZE}"),
+    (data_beyond_the_vocabulary, f"vocabulary of {VOCAB_SIZE}"),
+    (negative_token, "token id -1"),
+    (longer_than_the_position_table, "max_position_embeddings"),
+    (lengths_that_differ, "sequence_length"),
+    (layouts_that_differ, "layout"),
+    (no_mask_token, "[MASK]"),
+]
+
+
+@pytest.mark.parametrize("flag", ["input_dir", "eval_dir"])
+@pytest.mark.parametrize(("spoil", "words"), WRONG_SHARDS, ids=[spoil.__name__ for spoil, _ in WRONG_SHARDS])
+def test_wrong_shards(files, tmp_path, flag, spoil, words):
+    folder, output = tmp_path / "shards", tmp_path / "out"
+    folder.mkdir()
+    spoil(files, folder)
+    refused(files.flags(output, **{flag: folder}), output, f"--{flag}", str(folder), words)
+
+
+def test_premasked_shards_with_more_predictions_than_asked_for(files, tmp_path):
+    flags = files.flags(tmp_path / "out", input_dir=files.premasked, max_predictions_per_seq=3)
+    refused(flags, tmp_path / "out", "--max_predictions_per_seq 3", "at least 4")
+
+
+def test_single_sequences_for_a_model_with_next_sentence_prediction(files, tmp_path):
+    refused(files.flags(tmp_path / "out", input_dir=files.single), tmp_path / "out", "--input_dir", "next_sentence")
+
+
+def test_a_vocabulary_file_that_cannot_tell_the_mask_token(files, tmp_path):
+    vocabulary, output = tmp_path / "vocab.txt", tmp_path / "out"
+    model = write_model(tmp_path / "model.json", vocab_file=str(vocabulary))
+    flags = files.flags(output, model_config_file=model)
+    refused(flags, output, "vocab_file", str(vocabulary))
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
+    refused(flags, output, "vocab_file", str(vocabulary), "[MASK]")
+    vocabulary.write_text("[PAD]\n[MASK]\n")
+    refused(flags, output, "vocab_file", str(vocabulary), "has [MASK] at 1", "say 4")
+
+
+def spoil_later_shard(folder: Path) -> None:
+    """A good first shard, and one of a single sample that only shows its token beyond the vocabulary when loaded."""
+    write_shard(folder / "a.hdf5", count=11, vocab_size=VOCAB_SIZE, length=LENGTH)
+    write_shard(folder / "b.hdf5", count=1, vocab_size=VOCAB_SIZE, length=LENGTH)
+    with h5py.File(folder / "b.hdf5", "r+") as file:
+        file["input_ids"][0, 1] = VOCAB_SIZE
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_later_shard_found_wrong_while_training(files, tmp_path, ranks, workers):
+    """With two ranks one of them alone meets the sample; both end, and the first rank says why."""
+    spoil_later_shard(tmp_path / "shards")
+    flags = files.flags(tmp_path / "out", input_dir=tmp_path / "shards", num_workers=workers, global_batch_size=4)
+    ended = [rank.finish() for rank in begin_ranks(flags, ranks)]
+    assert [end.code for end in ended] == [2] * ranks, ended
+    said = [line for end in ended for line in end.stderr.splitlines() if SPOKEN in line]
+    assert len(said) == 1 and said[0].startswith(SPOKEN), ended
+    assert "--input_dir" in said[0] and "b.hdf5" in said[0] and f"vocabulary of {VOCAB_SIZE}" in said[0]
+    assert "Traceback" not in "".join(end.stderr for end in ended)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_later_heldout_shard_found_wrong_while_evaluating(files, tmp_path, ranks):
+    spoil_later_shard(tmp_path / "heldout")
+    flags = files.flags(tmp_path / "out", eval_dir=tmp_path / "heldout", eval_interval=2)
+    ended = [rank.finish() for rank in begin_ranks(flags, ranks)]
+    assert [end.code for end in ended] == [2] * ranks, ended
+    said = [line for end in ended for line in end.stderr.splitlines() if SPOKEN in line]
+    assert len(said) == 1 and "--eval_dir" in said[0] and "b.hdf5" in said[0]
+    assert "Traceback" not in "".join(end.stderr for end in ended)
+
+
+# --------------------------------------------------------------------------------------------------- output directories
+def test_an_output_directory_that_cannot_be_written(files, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        line = begin_run(files.flags(output)).finish()
+        assert line.code == 2
+        assert line.stderr.count("\n") == 1 and line.stderr.startswith(
+            f"{SPOKEN}--output_dir {output}: cannot be written"
+        )
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_logs_that_cannot_be_written_end_every_rank(files, tmp_path):
+    (tmp_path / "logfile.txt").mkdir()
+    ended = [rank.finish() for rank in begin_ranks(files.flags(tmp_path), 2)]
+    assert [end.code for end in ended] == [2, 2], ended
+    assert ended[0].stderr.startswith(f"{SPOKEN}--output_dir {tmp_path}") and "logfile.txt" in ended[0].stderr
+    assert ended[1].stderr == ""
+
+
+def test_a_second_run_in_an_output_directory_in_use(files, tmp_path):
+    import fcntl
+
+    output = tmp_path / "out"
+    output.mkdir()
+    with (output / ".lock").open("w") as lock:
+        lock.write("process 7 on some node\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(files.flags(output), output, f"--output_dir {output}", "another run", "process 7 on some node")
+        ended = [rank.finish() for rank in begin_ranks(files.flags(output), 2)]
+    assert [end.code for end in ended] == [2, 2]
+    assert ended[0].stderr.count(SPOKEN) == 1 and ended[1].stderr == ""
+    run(files.flags(output, max_steps=1))  # once it is free again
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+@pytest.fixture(scope="module")
+def half_way(files, tmp_path_factory) -> Path:
+    """Output directory of a run that was killed after its checkpoint of step 5, before adapters joined."""
+    output = tmp_path_factory.mktemp("half_way")
+    assert begin_run(files.flags(output), kill_after(7)).finish().code == -9
+    return output
+
+
+CONTRADICTIONS = [
+    # given, both values
+    ({"pruned_matrix": "none", "add_lora": "False"}, ("--pruned_matrix none", "static-weight")),
+    ({"pruned_matrix": "dynamic-weight"}, ("--pruned_matrix dynamic-weight", "static-weight")),
+    ({"skip_first_block": True}, ("--skip_first_block True", "False")),
+    ({"skip_last_block": True}, ("--skip_last_block True", "False")),
+    ({"skip_attention": True}, ("--skip_attention True", "False")),
+    ({"reduction_dim": False}, ("--reduction_dim False", "True")),
+    ({"unstructured_masking": True}, ("--unstructured_masking True", "False")),
+    ({"sparsity_increment": "1"}, ("--sparsity_increment 1", "-1")),
+    ({"optimizer": "adamw"}, ("--optimizer", "adamw", "lamb")),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), CONTRADICTIONS, ids=[words[0] for _, words in CONTRADICTIONS])
+def test_a_flag_that_contradicts_the_checkpoint(files, half_way, changes, words):
+    refused(files.flags(half_way, **changes), half_way, *words)
+
+
+@pytest.mark.parametrize(("changes", "words"), CONTRADICTIONS[:-1], ids=[words[0] for _, words in CONTRADICTIONS[:-1]])
+def test_a_flag_that_contradicts_the_initial_checkpoint(files, half_way, tmp_path, changes, words):
+    init = half_way / "pretrain_ckpts" / "ckpt_5.pt"
+    refused(files.flags(tmp_path / "out", init_checkpoint=init, **changes), tmp_path / "out", *words)
+
+
+def test_another_percentage_than_the_checkpoint_of_unstructured_masks(files, tmp_path):
+    output = tmp_path / "out"
+    flags = {"unstructured_masking": True, "add_lora": "False", "max_steps": 2, "num_steps_per_checkpoint": 1}
+    run(files.flags(output, unstructured_mask_sparsity=75, **flags))
+    flags["max_steps"] = 3
+    refused(
+        files.flags(output, unstructured_mask_sparsity=60, **flags), output, "--unstructured_mask_sparsity 60", "75"
+    )
+
+
+def test_sparsity_asked_of_a_dense_checkpoint_in_the_middle_of_a_phase(files, tmp_path):
+    dense = {"pruned_matrix": "none", "add_lora": "False"}
+    assert begin_run(files.flags(tmp_path, **dense), kill_after(7)).finish().code == -9
+    refused(files.flags(tmp_path, add_lora="False"), tmp_path, "--pruned_matrix static-weight", "none")
+
+
+ADAPTER_CONTRADICTIONS = [
+    ({"lora_rank": 8}, ("--lora_rank 8", "4")),
+    ({"add_lora": "False"}, ("--add_lora False", "adapters of rank 4")),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), ADAPTER_CONTRADICTIONS)
+def test_adapters_of_the_checkpoint_cannot_go_or_change(files, whole_run, tmp_path, changes, words):
+    flags = {"max_steps": 40, "lora_rank": 4} | changes  # goes on in the middle of the phase, after they joined
+    refused(files.flags(whole_run, **flags), whole_run, *words)
+    flags = {"previous_phase_end_step": 20, "lora_rank": 4} | changes  # a new phase
+    refused(files.flags(whole_run, **flags), whole_run, *words)
+    init = whole_run / "pretrain_ckpts" / "ckpt_20.pt"
+    refused(files.flags(tmp_path / "out", init_checkpoint=init, **changes), tmp_path / "out", *words)
+
+
+WRONG_NETWORKS = [
+    ({"hidden_size": 32}, "hidden_size 16"),
+    ({"num_hidden_layers": 1}, "num_hidden_layers 2"),
+    ({"num_hidden_layers": 3}, "num_hidden_layers 2"),
+    ({"num_attention_heads": 4}, "num_attention_heads 2"),
+    ({"intermediate_size": 64}, "intermediate_size 32"),
+    ({"hidden_act": "relu"}, "hidden_act gelu"),
+    ({"max_position_embeddings": 32}, "max_position_embeddings 16"),
+    ({"vocab_size": 99}, "word_embeddings"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG_NETWORKS, ids=[str(changes) for changes, _ in WRONG_NETWORKS])
+def test_a_checkpoint_of_another_network(files, half_way, tmp_path, changes, words):
+    model = write_model(tmp_path / "model.json", **changes)
+    path = half_way / "pretrain_ckpts" / "ckpt_5.pt"
+    refused(files.flags(half_way, model_config_file=model), half_way, str(path), words)
+    flags = files.flags(tmp_path / "out", model_config_file=model, init_checkpoint=path)
+    refused(flags, tmp_path / "out", str(path), words)
+
+
+def edit(source: Path, target: Path, change: Callable[[dict], None]) -> Path:
+    state = load_checkpoint(source)
+    change(state)
+    save_checkpoint(target, state)
+    return target
+
+
+def test_a_checkpoint_without_the_models_weights(files, half_way, tmp_path):
+    """Never train on weights that were silently drawn anew."""
+    source, wrong = half_way / "pretrain_ckpts" / "ckpt_5.pt", tmp_path / "wrong.pt"
+    flags, output = files.flags(tmp_path / "out", init_checkpoint=wrong), tmp_path / "out"
+
+    edit(source, wrong, lambda state: state.update(model={}))
+    refused(flags, output, str(wrong), "none of this model's weights")
+    edit(source, wrong, lambda state: state.update(model={f"gpt.{n}": t for n, t in state["model"].items()}))
+    refused(flags, output, str(wrong), "none of this model's weights")
+    name = "bert.encoder.layer.1.output.dense.values"
+    edit(source, wrong, lambda state: state["model"].pop(name))
+    refused(flags, output, str(wrong), name)
+    edit(source, wrong, lambda state: state["model"].update({name: state["model"][name][:, :4]}))
+    refused(flags, output, str(wrong), name, "shape")
+    edit(source, wrong, lambda state: state.pop("sparsity"))
+    refused(flags, output, str(wrong), "not a checkpoint of this suite", "sparsity")
+    edit(source, wrong, lambda state: state.update(format_version=2))
+    refused(flags, output, str(wrong), "format version 2")
+    torch.save({"weight": torch.zeros(2)}, wrong)
+    refused(flags, output, "--init_checkpoint", str(wrong), "not a checkpoint of this suite")
+    torch.save(torch.nn.Linear(2, 2), wrong)
+    refused(flags, output, "--init_checkpoint", str(wrong), "not a checkpoint of this suite")
+    wrong.write_bytes(source.read_bytes()[:-1000])
+    refused(flags, output, "--init_checkpoint", str(wrong), "damaged")
+    wrong.unlink()
+    refused(flags, output, "--init_checkpoint", str(wrong), "no such file")
+
+
+def test_a_hugging_face_folder_that_is_none(files, tmp_path):
+    folder, output = tmp_path / "hf", tmp_path / "out"
+    folder.mkdir()
+    flags = files.flags(output, init_checkpoint=folder)
+    refused(flags, output, str(folder), "config.json")
+    from modeling import BertConfig, BertForPreTraining
+
+    config = BertConfig.from_dict(MODEL)
+    save_hf_folder(folder, config, BertForPreTraining(config).state_dict())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(flags, output, str(weights))
+    weights.unlink()
+    refused(flags, output, str(folder), "no weights")
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(files, half_way, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(half_way, output)
+    good, newest = (output / "pretrain_ckpts" / f"ckpt_{step}.pt" for step in (5, 10))
+    content = bytearray(good.read_bytes())
+    weights = load_checkpoint(good)["model"]["bert.embeddings.position_embeddings.weight"]
+    content[content.index(weights.numpy().tobytes()) + 500] ^= 1
+    newest.write_bytes(content)
+    ended = [rank.finish() for rank in begin_ranks(files.flags(output, max_steps=10), 2)]
+    assert [end.code for end in ended] == [0, 0], ended
+    said = [line for line in ended[0].stderr.splitlines() if "damaged" in line]
+    assert len(said) == 1 and str(newest) in said[0] and "using the one before it" in said[0]
+    assert "resumed after step 5" in ended[0].stderr
+    assert load_checkpoint(newest)["step"] == 10  # and a good one is in its place now
+
+
+def test_only_damaged_checkpoints(files, half_way, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(half_way, output)
+    path = output / "pretrain_ckpts" / "ckpt_5.pt"
+    path.write_bytes(b"")
+    before = snapshot(output)
+    ended = begin_run(files.flags(output)).finish()
+    assert ended.code == 2
+    damaged, error = ended.stderr.splitlines()
+    assert str(path) in damaged and "damaged" in damaged
+    assert error.startswith(SPOKEN) and "--output_dir" in error and "remove them" in error
+    assert snapshot(output) == before
+
+
+def test_a_phase_that_does_not_follow_the_checkpoint(files, whole_run, half_way, tmp_path):
+    refused(files.flags(tmp_path / "out", previous_phase_end_step=20), tmp_path / "out", "--previous_phase_end_step 20")
+    flags = files.flags(half_way, previous_phase_end_step=20)
+    refused(flags, half_way, "--previous_phase_end_step 20", "ckpt_5.pt", "step 5")
+    flags = files.flags(whole_run, previous_phase_end_step=10, max_steps=20)
+    refused(flags, whole_run, "--previous_phase_end_step 10", "ckpt_20.pt", "step 0")
+    refused(files.flags(whole_run, previous_phase_end_step=25), whole_run, "--previous_phase_end_step 25", "step 20")
+
+
+# --------------------------------------------------------------------------------------------------- real command lines
+def test_a_plain_process_speaks_once_and_ends_with_2(files, tmp_path):
+    command = [sys.executable, "run_pretraining.py", *files.flags(tmp_path / "out", lora_rank=0)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"{SPOKEN}--lora_rank: must be a whole number of at least 1, not 0\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_under_a_launcher_one_line_and_2_from_every_rank(files, tmp_path):
+    """The launcher ends what is left when one rank fails: no rank may be ended before it left with its own code."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "run_pretraining.py",
+    ]
+    ended = subprocess.run(
+        [*command, *files.flags(tmp_path / "out", input_dir=tmp_path / "nowhere")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    said = [line for line in ended.stderr.splitlines() if SPOKEN in line]
+    assert len(said) == 1 and "--input_dir" in said[0], ended.stderr
+    codes = [line.split(":")[1].split()[0] for line in ended.stderr.splitlines() if line.strip().startswith("exitcode")]
+    assert codes == ["2", "2"], ended.stderr
+    assert 'run_pretraining.py", line' not in ended.stderr  # no traceback of ours
+    assert not (tmp_path / "out").exists()

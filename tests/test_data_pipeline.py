@@ -1,0 +1,146 @@
+"""scripts/create_datasets.sh: from a folder of text to shards in one command; wrong input is one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from text_factory import contents, make_corpus, read_shards
+
+from data import encode, fetch, format
+from data.shard_files import ShardSet
+from training.flags import run_door
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "create_datasets.sh"
+ENCODE = ["--vocab_size", "400", "--sequence_lengths", "32,48", "--dupe_factor", "2"]
+
+
+def _run(*flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = ["bash", str(SCRIPT), *map(str, flags)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "files")
+
+
+@pytest.fixture(scope="module")
+def dataset(corpus, tmp_path_factory) -> Path:
+    """Made by one command in a folder whose own `data` package must not get in the way."""
+    output = tmp_path_factory.mktemp("dataset")
+    (output / "data").mkdir()
+    (output / "data" / "__init__.py").write_text("raise ImportError('not the data package of this repository')\n")
+    done = _run("--output", "out", "--corpus", corpus, "--heldout_fraction", 0.2, "--nproc", 2, *ENCODE, cwd=output)
+    assert done.returncode == 0, done.stderr
+    for stage in ("format", "vocabulary", "encode"):
+        assert any(line.startswith(f"{stage}: ") and " MB/s" in line for line in done.stdout.splitlines())
+    return output / "out"
+
+
+def test_one_command_leads_from_text_to_shards(dataset):
+    assert (dataset / "vocab.txt").is_file()
+    for phase, length in (("phase1", 32), ("phase2", 48)):
+        for split in ("train", "heldout"):
+            shards = ShardSet(dataset / phase / split)
+            assert shards.sequence_length == length
+            assert shards.total > 30
+            assert shards.files[0].name == "shard_00000.hdf5"
+
+
+def test_the_same_command_again_changes_nothing(dataset, corpus):
+    before = contents(dataset)
+    done = _run("--output", dataset, "--corpus", corpus, "--heldout_fraction", 0.2, *ENCODE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("complete, nothing to do") == 2
+    assert contents(dataset) == before
+
+
+def test_stages_run_alone_and_make_the_same(dataset, corpus, tmp_path):
+    for stage, made in (("--download", None), ("--format", "text/summary.json"), ("--encode", "phase2/manifest.json")):
+        flags = {"--format": ["--heldout_fraction", 0.2], "--encode": ENCODE}.get(stage, [])
+        done = _run("--output", tmp_path / "out", "--corpus", corpus, stage, *flags)
+        assert done.returncode == 0, done.stderr
+        assert made is None or (tmp_path / "out" / made).is_file()
+    assert contents(tmp_path / "out") == contents(dataset)
+
+
+def test_flags_reach_their_stages(dataset, corpus, tmp_path):
+    flags = ["--one_sentence_per_line", "--heldout_fraction", 0, "--cased", "--no_next_sentence", "--premask"]
+    more = [
+        "--masked_token_fraction",
+        0.3,
+        "--shard_megabytes",
+        0.01,
+        "--seed",
+        5,
+        "--short_seq_prob",
+        0,
+        "--tokenizer",
+        "bpe",
+    ]
+    done = _run("--output", tmp_path, "--corpus", corpus, *flags, *more, *ENCODE, "--dupe_factor", 1)
+    assert done.returncode == 0, done.stderr
+    shards = read_shards(tmp_path / "phase1_premasked" / "train")
+    assert len(shards) > 1
+    assert shards[0]["masked_lm_positions"].shape[1] == 10
+    assert "next_sentence_labels" not in shards[0]
+    assert not (tmp_path / "phase1_premasked" / "heldout").exists()
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nproc", "2"], "--output is needed"),
+        (["--output"], "--output needs a value"),
+        (["--output", "out", "--corpora", "demo"], "unknown flag --corpora"),
+        (["--output", "out", "--corpus", "demos"], "unknown source demos: give demo, large"),
+        (["--output", "out", "--encode"], "run data.format"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, flags, message):
+    done = _run(*flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        (fetch, ["squad"], "give --output FOLDER and the names"),
+        (fetch, ["--output", "out"], "give --output FOLDER and the names"),
+        (format, ["--output", "out", "--corpus", "demo", "--download_dir", "out/download"], "fetch it first"),
+        (format, ["--output", "out", "--corpus", "nowhere"], "--corpus nowhere: give demo, large, a folder"),
+        (format, ["--output", "out", "--corpus", ".", "--heldout_fraction", "2"], "--heldout_fraction: must be"),
+        (encode, ["--input", "in"], "--output"),
+        (encode, ["--input", "in", "--output", "out", "--sequence_lengths", "128,x"], "must be whole numbers"),
+        (encode, ["--input", "in", "--output", "out", "--sequence_lengths", "4"], "of at least 8"),
+        (encode, ["--input", "in", "--output", "out", "--nproc", "0"], "--nproc: must be a whole number of at least 1"),
+        (encode, ["--input", "in", "--output", "out", "--tokenizer", "words"], "--tokenizer: invalid choice"),
+        (encode, ["--input", "in", "--output", "out", "--vocab_size", "100"], "--vocab_size: must be a whole number"),
+    ],
+)
+def test_stages_refuse_wrong_flags_in_one_line(tmp_path, monkeypatch, capsys, stage, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [stage.__name__, *flags])
+    with pytest.raises(SystemExit) as end:
+        run_door(stage.main)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", [fetch, format, encode])
+def test_every_stage_explains_itself(monkeypatch, capsys, stage):
+    monkeypatch.setattr(sys, "argv", [stage.__name__, "--help"])
+    with pytest.raises(SystemExit) as end:
+        run_door(stage.main)
+    assert end.value.code == 0
+    assert "--output" in capsys.readouterr().out

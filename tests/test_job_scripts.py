@@ -1,0 +1,464 @@
+"""The job scripts, with stubs of torchrun, srun, sbatch, scontrol and ssh first on PATH; once with the real torchrun.
+
+A stub writes down how it was called and then does what the test planned for that call.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from run_pretraining import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = {name: f"run_pretraining_jobs_{name}.sh" for name in ("local", "slurm", "ssh")}
+PHASE_STEPS = {1: (0, 4), 2: (4, 3), 3: (7, 2)}  # previous_phase_end_step, max_steps: they end at 4, 7 and 9
+
+TORCHRUN = """#!{python} -SE
+# Plans: "save STEP", "fail CODE", "nothing", "wait STEP" (a worker that saves STEP at USR1), "deaf" (one that does not)
+import fcntl, json, os, subprocess, sys, time
+from pathlib import Path
+
+home, host = Path({home!r}), os.environ.get("STUB_HOST", "")
+flags = dict(zip(sys.argv, sys.argv[1:]))
+checkpoints = Path(flags["--output_dir"]) / "pretrain_ckpts"
+checkpoints.mkdir(parents=True, exist_ok=True)
+with open(home / "torchrun.calls", "a") as calls:
+    fcntl.flock(calls, fcntl.LOCK_EX)
+    calls.write(json.dumps([host, *sys.argv[1:]]) + chr(10))
+plan = home / ("plan" + host)
+action, _, rest = plan.read_text().partition(chr(10))
+plan.write_text(rest)
+word, _, value = action.partition(" ")
+if word == "save":
+    (checkpoints / f"ckpt_{{value}}.pt").touch()
+elif word == "fail":
+    sys.exit(int(value))
+elif word in ("wait", "deaf"):
+    worker = subprocess.Popen([sys.executable, "-SE", home / "worker.py", checkpoints / f"ckpt_{{value}}.pt", word])
+    sys.exit(worker.wait() != 0)
+"""
+
+WORKER = """import os, signal, sys, threading, time
+from pathlib import Path
+
+launcher = os.getppid()
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.argv[2] == "wait" and (Path(sys.argv[1]).touch(), os._exit(0)))
+(Path(__file__).parent / ("ready" + os.environ.get("STUB_HOST", ""))).touch()
+while os.getppid() == launcher:
+    time.sleep(0.05)
+"""
+
+RECORD = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> {home}/{name}.calls
+"""
+
+STUBS = {
+    "srun": RECORD + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
+    "sbatch": RECORD,
+    "scontrol": RECORD + "printf 'node1\\nnode2\\n'\n",
+    "ssh": RECORD + 'export STUB_HOST="${{@: -2:1}}"\nexec bash -c "${{@: -1}}"\n',
+}
+
+
+class Cluster:
+    """A copy of the scripts, small phase configs, the stubs, and what they wrote down."""
+
+    def __init__(self, home: Path):
+        self.home, self.repository, self.output = home, home / "repository", home / "out put"
+        shutil.copytree(ROOT / "scripts", self.repository / "scripts")
+        (self.repository / "run_pretraining.py").touch()
+        (self.repository / "config").mkdir()
+        for phase, (before, steps) in PHASE_STEPS.items():
+            config = {"previous_phase_end_step": before, "max_steps": steps, "log_prefix": f"phase{phase}_log"}
+            self.config(phase).write_text(json.dumps(config, indent=2))
+        self.bin = home / "bin"
+        self.bin.mkdir()
+        self.add_stub("torchrun", TORCHRUN.format(python=sys.executable, home=str(home)))
+        (home / "worker.py").write_text(WORKER)
+        for name, text in STUBS.items():
+            self.add_stub(name, text.format(home=home, name=name))
+        self.plan()
+
+    def config(self, phase: int) -> Path:
+        return self.repository / "config" / f"bert_pretraining_phase{phase}_config.json"
+
+    def add_stub(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def plan(self, *actions: str, host: str = "") -> None:
+        (self.home / f"plan{host}").write_text("\n".join(actions))
+
+    def start(self, job: str, **settings: str) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        environment |= {"PATH": f"{self.bin}:{environment['PATH']}", "OUTPUT_DIR": str(self.output), "DATA_DIR": "data"}
+        if job == "slurm":
+            slurm = {"SUBMIT_DIR": self.repository, "JOB_ID": "77", "JOB_NUM_NODES": 2, "JOB_NODELIST": "node[1-2]"}
+            environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+            environment["SLURM_CPUS_PER_TASK"] = "16"
+        return subprocess.Popen(
+            ["bash", self.repository / "scripts" / JOBS[job]],
+            cwd=self.home,
+            env=environment | settings,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, job: str, **settings: str) -> tuple[int, str]:
+        process = self.start(job, **settings)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def interrupt(
+        self, job: str, number: signal.Signals, hosts: tuple[str, ...] = ("",), **settings
+    ) -> tuple[int, str]:
+        """Start the job, wait until its workers listen, send the signal to the job script."""
+        process = self.start(job, **settings)
+        self.await_workers(hosts)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def await_workers(self, hosts: tuple[str, ...] = ("",)) -> None:
+        deadline = time.monotonic() + 30
+        while not all((self.home / f"ready{host}").exists() for host in hosts):
+            assert time.monotonic() < deadline, "the workers did not start"
+            time.sleep(0.02)
+
+    def calls(self, stub: str) -> list[str]:
+        path = self.home / f"{stub}.calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def runs(self) -> list[tuple[str, list[str], dict[str, str]]]:
+        """Each call of torchrun: the host, torchrun's own arguments, the flags of run_pretraining.py."""
+        runs = []
+        for host, *arguments in map(json.loads, self.calls("torchrun")):
+            script = arguments.index("run_pretraining.py")
+            flags = arguments[script + 1 :]
+            runs.append((host, arguments[:script], dict(zip(flags[::2], flags[1::2], strict=True))))
+        return runs
+
+    def phases(self) -> list[int]:
+        return [int(re.search(r"phase(\d)_config", flags["--config_file"])[1]) for _, _, flags in self.runs()]
+
+    def saved(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("ckpt_")) for path in self.output.glob("pretrain_ckpts/ckpt_*.pt"))
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    return Cluster(tmp_path)
+
+
+# ---------------------------------------------------------------- the phases
+
+
+def test_phase_2_follows_phase_1_with_the_recipes_flags_and_adapters_in_the_last_phase_alone(cluster):
+    cluster.plan("save 4", "save 7")
+    code, output = cluster.run("local", NPROC_PER_NODE="3", MAX_RESTARTS="2")
+    assert code == 0, output
+    assert cluster.phases() == [1, 2]
+    (_, launcher, first), (_, _, second) = cluster.runs()
+    assert launcher == ["--standalone", "--nproc_per_node", "3", "--max_restarts", "2"]
+    data = f"{cluster.home}/data"
+    assert first == {
+        "--input_dir": f"{data}/phase1/train",
+        "--output_dir": str(cluster.output),
+        "--config_file": str(cluster.config(1)),
+        "--optimizer": "fused-lamb",
+        "--weight_decay": "0.01",
+        "--num_steps_per_checkpoint": "100",
+        "--pruned_matrix": "static-weight",
+        "--skip_first_block": "False",
+        "--skip_last_block": "False",
+        "--skip_attention": "False",
+        "--reduction_dim": "True",
+        "--unstructured_masking": "False",
+        "--unstructured_mask_sparsity": "60",
+        "--sparsity_increment": "-1",
+        "--add_lora": "False",
+        "--lora_rank": "4",
+        "--eval_dir": f"{data}/phase1/heldout",
+        "--eval_interval": "100",
+    }
+    assert second == first | {
+        "--input_dir": f"{data}/phase2/train",
+        "--eval_dir": f"{data}/phase2/heldout",
+        "--config_file": str(cluster.config(2)),
+        "--add_lora": "lazy",
+    }
+
+
+def test_every_setting_reaches_run_pretraining(cluster):
+    cluster.plan("save 4")
+    settings = {
+        "OPTIMIZER": "adamw",
+        "WEIGHT_DECAY": "0.1",
+        "NUM_STEPS_PER_CHECKPOINT": "7",
+        "PRUNED_MATRIX": "dynamic-weight",
+        "SKIP_FIRST_BLOCK": "True",
+        "SKIP_LAST_BLOCK": "True",
+        "SKIP_ATTENTION": "True",
+        "REDUCTION_DIM": "False",
+        "UNSTRUCTURED_MASKING": "True",
+        "UNSTRUCTURED_MASK_SPARSITY": "75",
+        "SPARSITY_INCREMENT": "0,12,-1",
+        "ADD_LORA": "True",
+        "LORA_RANK": "64",
+    }
+    extra = {
+        "PHASES": "1",
+        "EVAL_INTERVAL": "0",
+        "DATA_DIR": "s3://bucket/bert",
+        "EXTRA_FLAGS": "--local_batch_size 32",
+    }
+    code, output = cluster.run("local", **settings, **extra)
+    assert code == 0, output
+    ((_, _, flags),) = cluster.runs()
+    assert {name: flags[f"--{name.lower()}"] for name in settings} == settings
+    assert flags["--local_batch_size"] == "32"
+    assert flags["--input_dir"] == "s3://bucket/bert/phase1/train"
+    assert "--eval_dir" not in flags
+
+
+def test_phase_3_reads_phase_2s_data_and_gets_the_adapters_when_it_is_the_last(cluster):
+    cluster.plan("save 4", "save 7", "save 9")
+    assert cluster.run("local", PHASES=" 1 2 3 ")[0] == 0
+    flags = [flags for _, _, flags in cluster.runs()]
+    assert [f["--add_lora"] for f in flags] == ["False", "False", "lazy"]
+    assert flags[2]["--input_dir"].endswith("/phase2/train")
+
+
+def test_a_phase_is_run_until_its_last_checkpoint_and_a_finished_one_not_at_all(cluster):
+    cluster.plan("save 2", "save 4", "save 6", "save 7")
+    assert cluster.run("local")[0] == 0
+    assert cluster.phases() == [1, 1, 2, 2]
+    code, output = cluster.run("local")
+    assert (code, len(cluster.runs())) == (0, 4), output
+    assert "phases 1 2 are finished" in output
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_failed_run_is_not_started_again(cluster, job):
+    (cluster.repository / "nodes.txt").write_text("alpha\n")
+    cluster.plan("fail 3", "save 4", "save 7")
+    cluster.plan("fail 3", "save 4", "save 7", host="alpha")
+    code, output = cluster.run(job)
+    assert (code, len(cluster.runs()), cluster.calls("sbatch")) == (3, 1, []), output
+    assert "error: phase 1 failed with exit code 3" in output
+
+
+def test_a_run_that_saves_nothing_new_is_not_started_again(cluster):
+    cluster.plan("save 2", "nothing", "nothing")
+    code, output = cluster.run("local")
+    assert (code, len(cluster.runs())) == (1, 2), output
+    assert "without a checkpoint newer than step 2" in output
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_ends_the_local_script_with_0(cluster, number):
+    cluster.plan("wait 2", "save 4")
+    code, output = cluster.interrupt("local", number)
+    assert (code, cluster.saved(), len(cluster.runs())) == (0, [2], 1), output
+    assert "start it again to go on" in output
+
+
+def test_a_signal_in_the_last_phases_last_step_ends_with_everything_finished(cluster):
+    cluster.plan("wait 4")
+    code, output = cluster.interrupt("local", signal.SIGTERM, PHASES="1")
+    assert (code, cluster.saved()) == (0, [4]), output
+    assert "phases 1 are finished" in output
+
+
+def test_processes_that_do_not_save_in_time_are_killed_and_that_is_a_failure(cluster):
+    cluster.plan("deaf")
+    started = time.monotonic()
+    code, output = cluster.interrupt("local", signal.SIGTERM, STOP_GRACE="1")
+    assert code == 128 + signal.SIGKILL, output
+    assert time.monotonic() - started < 30
+
+
+def test_the_real_torchrun_ends_with_0_after_a_signal(cluster):
+    """Its workers hear of it, although torchrun itself would answer TERM with exit code 1 and die of USR1."""
+    (cluster.bin / "torchrun").unlink()
+    (cluster.bin / "torchrun").symlink_to(Path(sys.executable).parent / "torchrun")
+    (cluster.repository / "run_pretraining.py").write_text(
+        "import os, sys\n"
+        "checkpoints = os.path.join(sys.argv[sys.argv.index('--output_dir') + 1], 'pretrain_ckpts')\n"
+        "os.makedirs(checkpoints, exist_ok=True)\n"
+        f"worker, rank = {str(cluster.home / 'worker.py')!r}, os.environ['RANK']\n"
+        "os.environ['STUB_HOST'] = rank\n"
+        "sys.argv = [worker, os.path.join(checkpoints, f'ckpt_{int(rank) + 1}.pt'), 'wait']\n"
+        "__file__ = worker\n"
+        "exec(open(worker).read())\n"
+    )
+    code, output = cluster.interrupt("local", signal.SIGTERM, hosts=("0", "1"), NPROC_PER_NODE="2")
+    assert (code, cluster.saved()) == (0, [1, 2]), output
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+def test_slurm_submits_itself_again_when_time_runs_out(cluster):
+    cluster.plan("wait 2")
+    code, output = cluster.interrupt("slurm", signal.SIGUSR1, SBATCH_FLAGS="--nodes 2 --partition long")
+    assert (code, cluster.saved()) == (0, [2]), output
+    script = "scripts/run_pretraining_jobs_slurm.sh"
+    assert cluster.calls("sbatch") == [f"--dependency=afterany:77 --nodes 2 --partition long {script}"]
+
+
+def test_slurm_does_not_submit_itself_again_when_it_is_cancelled_or_finished(cluster):
+    cluster.plan("wait 2")
+    code, output = cluster.interrupt("slurm", signal.SIGTERM)
+    assert (code, cluster.saved()) == (0, [2]), output
+    cluster.plan("save 4", "save 7")
+    assert cluster.run("slurm")[0] == 0
+    assert cluster.calls("sbatch") == []
+
+
+def test_slurm_starts_one_torchrun_a_node_that_meet_on_the_first(cluster):
+    cluster.plan("save 4")
+    assert cluster.run("slurm", PHASES="1")[0] == 0
+    (srun,) = cluster.calls("srun")
+    assert srun.startswith("--ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=1 bash ")
+    ((_, launcher, _),) = cluster.runs()
+    meeting = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "node1:20077", "--rdzv_id", "77"]
+    assert launcher == [*meeting, "--nproc_per_node", "gpu", "--max_restarts", "0"]
+
+
+def test_the_slurm_script_asks_for_a_warning_before_the_time_limit():
+    text = (ROOT / "scripts" / JOBS["slurm"]).read_text()
+    warning = int(re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE)[1])
+    grace = int(re.search(r"STOP_GRACE:-(\d+)", text)[1])
+    assert grace < warning
+
+
+# ---------------------------------------------------------------- ssh
+
+
+def test_ssh_starts_one_torchrun_a_machine_with_the_same_settings(cluster):
+    nodes = cluster.home / "my nodes"
+    nodes.write_text("# rack 1\nme@alpha\n\n  beta  # second\n")
+    for host in ("me@alpha", "beta"):
+        cluster.plan("save 4", host=host)
+    awkward = {"PHASES": "1", "OUTPUT_DIR": f"{cluster.home}/it's $HOME", "SPARSITY_INCREMENT": "0,12,-1"}
+    code, output = cluster.run("ssh", NODES_FILE=str(nodes), RDZV_PORT="29511", SSH_FLAGS="-i key", **awkward)
+    assert code == 0, output
+    assert [call.split(" cd ")[0] for call in sorted(cluster.calls("ssh"))] == [
+        f"-o BatchMode=yes -o ServerAliveInterval=30 -i key {host}" for host in ("beta", "me@alpha")
+    ]
+    (beta, beta_launcher, beta_flags), (alpha, alpha_launcher, alpha_flags) = sorted(cluster.runs(), key=lambda r: r[0])
+    assert (beta, alpha) == ("beta", "me@alpha")
+    assert (beta_launcher, beta_flags) == (alpha_launcher, alpha_flags)
+    assert beta_launcher[:6] == ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "alpha:29511"]
+    assert beta_flags["--output_dir"] == awkward["OUTPUT_DIR"]
+    assert beta_flags["--sparsity_increment"] == "0,12,-1"
+
+
+def two_machines(cluster: Cluster, alpha: str, beta: str) -> None:
+    (cluster.repository / "nodes.txt").write_text("alpha\nbeta\n")
+    cluster.plan(alpha, host="alpha")
+    cluster.plan(beta, host="beta")
+
+
+def test_ssh_stops_every_machine_at_a_signal(cluster):
+    two_machines(cluster, "wait 2", "wait 3")
+    code, output = cluster.interrupt("ssh", signal.SIGTERM, hosts=("alpha", "beta"))
+    assert (code, cluster.saved(), len(cluster.runs())) == (0, [2, 3], 2), output
+
+
+def test_ssh_ends_the_other_machines_at_once_when_one_fails(cluster):
+    two_machines(cluster, "deaf", "fail 5")
+    started = time.monotonic()
+    code, output = cluster.run("ssh")
+    assert code == 5, output
+    assert time.monotonic() - started < 30  # STOP_GRACE is 240
+    assert "error: beta ended with exit code 5" in output
+
+
+def test_ssh_machines_save_and_stop_when_the_script_is_killed(cluster):
+    two_machines(cluster, "wait 2", "wait 3")
+    process = cluster.start("ssh")
+    cluster.await_workers(("alpha", "beta"))
+    process.kill()
+    process.wait()
+    process.communicate(timeout=60)  # its output ends with the last process that it left
+    assert cluster.saved() == [2, 3]
+
+
+# ---------------------------------------------------------------- settings
+
+
+def recipe(job: str) -> str:
+    text = (ROOT / "scripts" / JOBS[job]).read_text()
+    return re.search(r"# ---- the recipe\n(.*?)# ---- the ", text, re.DOTALL)[1]
+
+
+def test_the_three_scripts_have_the_same_recipe_and_ssh_forwards_all_of_it():
+    assert recipe("local") == recipe("slurm") == recipe("ssh")
+    forwarded = re.search(r"FORWARDED=\((.*?)\)", (ROOT / "scripts" / JOBS["ssh"]).read_text(), re.DOTALL)[1].split()
+    names = re.findall(r"^(\w+)=", recipe("ssh"), re.MULTILINE)
+    assert set(names) < set(forwarded)
+    assert len(names) == len(set(names)) == 20
+
+
+@pytest.mark.parametrize(
+    "job,settings,message",
+    [
+        ("local", {"PHASES": "1 4"}, "error: PHASES=1 4: must be phases out of"),
+        ("local", {"PHASES": " "}, "error: PHASES: must name at least one phase"),
+        ("local", {"CONFIG_DIR": "nowhere"}, "must hold bert_pretraining_phase1_config.json"),
+        ("local", {"EXTRA_FLAGS": "--max_steps 5"}, "error: EXTRA_FLAGS=--max_steps 5: "),
+        ("ssh", {"NODES_FILE": "nowhere"}, "error: NODES_FILE=nowhere: must be a file"),
+        ("ssh", {"NODES_FILE": "empty"}, "error: NODES_FILE=empty: names no machine"),
+        ("slurm", {"SLURM_SUBMIT_DIR": "/"}, "error: / is not the folder of the repository"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_code_2(cluster, job, settings, message):
+    (cluster.repository / "nodes.txt").write_text("alpha\n")
+    (cluster.home / "empty").write_text("# nobody\n")
+    code, output = cluster.run(job, **settings)
+    assert (code, output.count("\n"), cluster.runs()) == (2, 1, []), output
+    assert message in output
+
+
+def test_a_config_without_its_number_of_steps_is_refused(cluster):
+    cluster.config(2).write_text('{"max_steps": 3}')
+    code, output = cluster.run("local")
+    assert (code, cluster.runs()) == (2, []), output
+    assert "bert_pretraining_phase2_config.json: must hold previous_phase_end_step" in output
+
+
+def test_run_pretraining_takes_the_scripts_flags_with_the_published_configs(cluster):
+    """What the scripts pass parses, and every phase begins where the one before it ends."""
+    cluster.plan("save 7038", "save 8601", "save 8701")
+    code, output = cluster.run("local", PHASES="1 2 3", CONFIG_DIR=str(ROOT / "config"))
+    assert code == 0, output
+    end, batches = 0, []
+    for _, _, flags in cluster.runs():
+        args = parse_arguments([word for pair in flags.items() for word in pair])
+        assert args.previous_phase_end_step == end
+        assert args.precision == "fp16"
+        end += args.max_steps
+        batches.append((args.global_batch_size, args.local_batch_size, args.max_predictions_per_seq))
+    assert end == 8701
+    assert batches == [(65536, 64, 20), (32768, 8, 80), (32768, 8, 80)]
+
+
+def test_the_demos_config_parses():
+    config = str(ROOT / "config" / "bert_pretraining_demo_config.json")
+    args = parse_arguments(["--config_file", config, "--input_dir", "i", "--output_dir", "o"])
+    assert (args.pruned_matrix, args.add_lora, args.lazy_lora_fraction) == ("static-weight", "lazy", 0.1)

@@ -1,0 +1,216 @@
+"""Runs of several processes: the same training as one, one stop for all, nothing left behind, and the launchers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pretraining_runs import (
+    ROOT,
+    TrainingFiles,
+    assembled,
+    begin_ranks,
+    kill_after,
+    losses,
+    metrics,
+    run,
+    uneven_batch,
+    wait_for_step,
+    write_model,
+)
+
+from training.checkpoint import load_checkpoint, saved_steps
+from training.distributed import process_group
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "launch": ["torch.distributed.launch", "--nproc_per_node=1", "--master_port=0"],
+}
+
+
+def values(output: Path, column: str = "step_loss") -> list[float]:
+    return [float(row[column]) for row in metrics(output) if row[column]]
+
+
+def without_dropout(files: TrainingFiles, output: Path, **changes) -> list[str]:
+    return files.flags(output, model_config_file=files.model_without_dropout, **changes)
+
+
+# ------------------------------------------------------------------------------------------ the same training as alone
+BATCHES = [
+    # 12 = 2 micro-steps of two ranks, 4 of one; 7 leaves gaps in the last micro-step of both
+    {"global_batch_size": 12, "local_batch_size": 3},
+    {"global_batch_size": 7, "local_batch_size": 2},
+    {"global_batch_size": 3, "local_batch_size": 4},  # the second rank has padding alone
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=["12 of 3", "7 of 2", "3 of 4"])
+def test_two_processes_train_as_one_does(files, tmp_path, batch):
+    """Through accumulation, the adapter switch and evaluation; to rounding, since sums are in another order."""
+    for ranks in (1, 2):
+        flags = without_dropout(files, tmp_path / str(ranks), eval_dir=files.heldout, eval_interval=10, **batch)
+        run(flags, ranks=ranks)
+    for column in ("step_loss", "mlm_loss", "nsp_loss", "average_loss", "heldout_mlm_loss", "heldout_mlm_accuracy"):
+        one, two = (values(tmp_path / str(ranks), column) for ranks in (1, 2))
+        assert two == pytest.approx(one, rel=1e-4), column
+    one, two = (load_checkpoint(tmp_path / str(ranks) / "pretrain_ckpts" / "ckpt_20.pt") for ranks in (1, 2))
+    assert one["data"] == two["data"]
+    for name, tensor in one["model"].items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(two["model"][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_ranks_do_not_share_their_dropout(files, tmp_path):
+    """With dropout, two ranks draw other masks than one: the same samples give other losses."""
+    for ranks in (1, 2):
+        run(files.flags(tmp_path / str(ranks), max_steps=2), ranks=ranks)
+    assert losses(tmp_path / "1")[0] != losses(tmp_path / "2")[0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_resumed_on_another_number_of_ranks(files, tmp_path, before, after):
+    run(without_dropout(files, tmp_path / "whole"))
+    killed = without_dropout(files, tmp_path / "killed")
+    assert {rank.finish().code for rank in begin_ranks(killed, before, kill_after(12))} != {0}
+    assert "resumed after step 10" in run(killed, ranks=after).stderr
+    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 21))
+    assert values(tmp_path / "killed") == pytest.approx(values(tmp_path / "whole"), rel=1e-4)
+
+
+def test_two_ranks_killed_and_resumed_give_the_very_same_losses(files, tmp_path):
+    """Dropout on, before and after the adapter switch."""
+    run(files.flags(tmp_path / "whole"), ranks=2)
+    flags = files.flags(tmp_path / "killed")
+    for step in (8, 17):
+        assert {rank.finish().code for rank in begin_ranks(flags, 2, kill_after(step))} != {0}
+    run(flags, ranks=2)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------- gradients (design: the loss)
+def record_gradients(flags: list[str], result: Path) -> None:
+    """Called in each rank in place of a run: one step on an uneven batch, and when gradients were averaged."""
+    from run_pretraining import Counts
+
+    begun = assembled(flags)
+    world, engine = begun.world, begun.engine
+    forwards, syncs, taken = 0, [], {}
+
+    def count(model, part, forward=begun.forward):
+        nonlocal forwards
+        forwards += 1
+        return forward(model, part)
+
+    def average(state, bucket):
+        syncs.append(forwards)
+        total = torch.distributed.all_reduce(bucket.buffer().div_(world.size), async_op=True).get_future()
+        return total.then(lambda reduced: reduced.value()[0])
+
+    with process_group(world):
+        engine.connect()
+        engine.parallel.register_comm_hook(None, average)
+        begun.forward = count
+        engine.step = lambda rate: taken.update({n: p.grad.clone() for n, p in engine.model.named_parameters()})
+        losses = begun.take_step(1, uneven_batch(world.rank, world.size), Counts(6, 3, 0), rate=0.0)
+    torch.save({"gradients": taken, "losses": losses, "syncs": syncs}, f"{result}.{world.rank}")
+    sys.exit(0)
+
+
+def test_gradients_of_two_ranks_are_those_of_the_global_means_and_averaged_once(files, tmp_path):
+    """Micro-steps and ranks with 3, 2, 1, 0, 0, 0 masked tokens; the last micro-step alone averages over ranks."""
+    flags = without_dropout(files, tmp_path / "out", pruned_matrix="none", add_lora="False")
+    prepare = functools.partial(record_gradients, flags, tmp_path / "result")
+    for rank in begin_ranks(flags, 2, prepare):
+        ended = rank.finish()
+        assert ended.code == 0, ended
+    model = assembled(flags).engine.model
+    batch = {name: tensor.flatten(0, 1) for name, tensor in uneven_batch().items()}
+    scores, sentence_scores = model(
+        batch["input_ids"], batch["token_type_ids"], batch["attention_mask"], batch["masked_positions"]
+    )
+    mlm = torch.nn.functional.cross_entropy(scores.flatten(0, 1), batch["masked_labels"].flatten(), ignore_index=-1)
+    nsp = torch.nn.functional.cross_entropy(sentence_scores, batch["next_sentence_labels"], ignore_index=-1)
+    (mlm + nsp).backward()
+    for rank in range(2):
+        result = torch.load(f"{tmp_path / 'result'}.{rank}")
+        assert result["losses"] == pytest.approx((mlm.item(), nsp.item()), rel=1e-6)
+        assert result["syncs"] and set(result["syncs"]) == {3}, "averaged before the last of three micro-steps"
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- the end
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(files, tmp_path, number, told):
+    flags = files.flags(tmp_path, max_steps=100_000, num_steps_per_checkpoint=100_000)
+    ranks = begin_ranks(flags, 2)
+    wait_for_step(tmp_path, 3)
+    ranks[told].signal(number)
+    ended = [rank.finish() for rank in ranks]
+    assert [end.code for end in ended] == [0, 0], ended
+    last = losses(tmp_path)[-1][0]
+    assert saved_steps(tmp_path / "pretrain_ckpts") == [last]
+    assert f"stopped after step {last}" in ended[0].stderr
+
+    run(files.flags(tmp_path, max_steps=last + 2, num_steps_per_checkpoint=100_000), ranks=2)
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, last + 3))
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
+def test_workers_end_within_seconds_of_a_launcher_that_was_killed(files, tmp_path):
+    flags = files.flags(tmp_path, max_steps=100_000, num_steps_per_checkpoint=100_000)
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"], "run_pretraining.py", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as launcher:
+        wait_for_step(tmp_path, 3)
+        workers = children(launcher.pid)
+        assert len(workers) == 2 and all(map(alive, workers))
+        launcher.kill()
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [worker for worker in workers if alive(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+# ---------------------------------------------------------------------------------------------- the published command
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_published_command(files, tmp_path, launcher):
+    """As its README has it, with the published phase 1 configuration; small values on the command line win over it."""
+    model = write_model(tmp_path / "model.json")
+    published = f"""
+        --input_dir {files.train} --output_dir {tmp_path} --config_file config/bert_pretraining_phase1_config.json
+        --weight_decay 0.01 --num_steps_per_checkpoint 200 --optimizer fused-lamb --pruned_matrix static-weight
+        --skip_first_block False --skip_last_block False --skip_attention False --reduction_dim True
+        --add_lora False --lora_rank 4 --unstructured_masking False --unstructured_mask_sparsity 60
+        --sparsity_increment -1
+    """.split()
+    small = f"--model_config_file {model} --max_steps 3 --global_batch_size 8 --local_batch_size 2".split()
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "run_pretraining.py", *published, *small]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=110)
+    assert ended.returncode == 0, ended.stderr
+    assert [step for step, _ in losses(tmp_path, "phase1_log")] == [1, 2, 3]
+    arguments = load_checkpoint(tmp_path / "pretrain_ckpts" / "ckpt_3.pt")["arguments"]
+    assert arguments["warmup_proportion"] == 0.2843 and arguments["precision"] == "fp16"
+    assert ended.stderr.count("finished: step 3") == 1

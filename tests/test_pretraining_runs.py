@@ -1,0 +1,495 @@
+"""Whole runs of one process: exact resumption, phases, adapters, where a run starts from, and every way to prune."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pretraining_runs import (
+    MODEL,
+    ROOT,
+    assembled,
+    begin_run,
+    kill_after,
+    losses,
+    metrics,
+    run,
+    snapshot,
+    uneven_batch,
+    wait_for_step,
+    write_model,
+)
+
+from data.shards import ShardSet, evaluation_dataset, step_loader
+from modeling import BertConfig, BertForPreTraining
+from optimization import learning_rate
+from run_pretraining import Counts
+from sparse_ops import SparseLinear, named_layers
+from training.assembly import build_pretraining_model
+from training.checkpoint import load_checkpoint, saved_steps
+from training.hf_folders import save_hf_folder
+
+
+def checkpoint(output, step):
+    return load_checkpoint(output / "pretrain_ckpts" / f"ckpt_{step}.pt")
+
+
+def dies_after(step: int, flags: list[str]) -> None:
+    ended = begin_run(flags, kill_after(step)).finish()
+    assert ended.code == -signal.SIGKILL, ended
+
+
+# ------------------------------------------------------------------------------------------------- the very same losses
+def test_the_same_command_gives_the_same_losses_and_another_seed_others(files, whole_run, tmp_path):
+    run(files.flags(tmp_path / "again", eval_dir=files.heldout, eval_interval=10))
+    assert losses(tmp_path / "again") == losses(whole_run)
+    heldout = [[row["heldout_mlm_loss"] for row in metrics(output)] for output in (tmp_path / "again", whole_run)]
+    assert heldout[0] == heldout[1]
+    run(files.flags(tmp_path / "other", seed=43))
+    assert not {loss for _, loss in losses(tmp_path / "other")} & {loss for _, loss in losses(whole_run)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_loader_workers_changes_nothing(files, whole_run, tmp_path, workers):
+    run(files.flags(tmp_path, num_workers=workers))
+    assert losses(tmp_path) == losses(whole_run)
+
+
+def test_recomputed_activations_change_nothing(files, whole_run, tmp_path):
+    run([*files.flags(tmp_path), "--checkpoint_activations"])
+    assert losses(tmp_path) == losses(whole_run)
+
+
+def test_evaluation_and_checkpoints_do_not_disturb_training(files, whole_run, tmp_path):
+    run(files.flags(tmp_path, num_steps_per_checkpoint=1, eval_dir=files.heldout, eval_interval=1))
+    assert losses(tmp_path) == losses(whole_run)
+
+
+def test_killed_again_and_again_and_resumed(files, whole_run, tmp_path):
+    """Dropout on; kills before the adapters join (step 15), right before and after it, and past it."""
+    flags = files.flags(tmp_path, num_steps_per_checkpoint=3)
+    for step in (2, 5, 9, 14, 15, 16, 18, 19):
+        dies_after(step, flags)
+    resumed = run(flags).stderr
+    assert "resumed after step 18" in resumed
+    assert losses(tmp_path) == losses(whole_run)
+    final, whole = checkpoint(tmp_path, 20), checkpoint(whole_run, 20)
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, final["model"][name]), name
+
+
+SETTINGS = [
+    {"double_prune_interval": 3, "num_steps_per_checkpoint": 5},  # resumes in the middle of an interval
+    {"double_prune_interval": 0},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"optimizer": "fused-lamb", "lr_decay": "linear", "warmup_proportion": 0.4},
+    {"optimizer": "adamw", "lr_decay": "cosine"},
+    {"optimizer": "adam"},
+    {"optimizer": "sgd", "learning_rate": 0.1},
+    {"pruned_matrix": "dynamic-weight"},
+    {"pruned_matrix": "static-input", "reduction_dim": False},
+    {"unstructured_masking": True},
+    {"pruned_matrix": "none", "add_lora": "False"},
+    {"num_workers": 1, "global_batch_size": 7},
+    {"add_lora": "True", "mask_init": "random"},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=[" ".join(map(str, changes.values())) for changes in SETTINGS])
+def test_killed_and_resumed_with_other_settings(files, tmp_path, changes):
+    changes = {"max_steps": 10, "num_steps_per_checkpoint": 4} | changes
+    run(files.flags(tmp_path / "whole", **changes))
+    steps = random.Random(str(changes)).sample(range(5, 10), 2)
+    for step in sorted(steps):
+        dies_after(step, files.flags(tmp_path / "killed", **changes))
+    run(files.flags(tmp_path / "killed", **changes))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert all(math.isfinite(float(loss)) for _, loss in losses(tmp_path / "whole"))
+
+
+def test_a_plain_process_killed_from_outside_at_any_moment(files, tmp_path):
+    """The command itself, SIGKILLed some milliseconds after a checkpoint appeared, three times over."""
+    changes = {"max_steps": 300, "num_steps_per_checkpoint": 10, "lazy_lora_fraction": 0.5}
+    run(files.flags(tmp_path / "whole", **changes))
+    output = tmp_path / "killed"
+    command = [sys.executable, "run_pretraining.py", *files.flags(output, **changes)]
+    killed = []
+    for step in (11, 130, 190):
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            wait_for_step(output, step)
+            time.sleep(random.random() * 0.05)
+            process.kill()
+        killed.append(losses(output)[-1][0])
+    assert killed[-1] < 300
+    run(files.flags(output, **changes))
+    assert losses(output) == losses(tmp_path / "whole"), killed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_it_saves_and_goes_on_later(files, tmp_path, number):
+    flags = files.flags(tmp_path, max_steps=100_000, num_steps_per_checkpoint=100_000)
+    stopped = []
+    for _ in range(2):
+        process = begin_run(flags)
+        wait_for_step(tmp_path, (stopped[-1] if stopped else 0) + 3)
+        process.signal(number)
+        ended = process.finish()
+        assert ended.code == 0, ended
+        assert f"stopped after step {losses(tmp_path)[-1][0]} by {number.name}" in ended.stderr
+        stopped.append(losses(tmp_path)[-1][0])
+        assert saved_steps(tmp_path / "pretrain_ckpts") == stopped
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, stopped[-1] + 1))
+
+
+def test_a_finished_run_started_again_takes_no_step(files, whole_run):
+    before = snapshot(whole_run)
+    ended = run(files.flags(whole_run))
+    assert ended.stderr.startswith("finished") and ended.stderr.count("\n") == 1
+    assert snapshot(whole_run) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- phases
+@pytest.fixture(scope="module")
+def two_phases(files, tmp_path_factory):
+    """Six steps of phase 1 and five of phase 2 in one output directory, no adapters."""
+    output = tmp_path_factory.mktemp("phases")
+    flags = {"add_lora": "False", "num_steps_per_checkpoint": 2, "keep_checkpoints": 1}
+    run(files.flags(output, max_steps=6, log_prefix="phase1_log", **flags))
+    phase2 = {"max_steps": 5, "previous_phase_end_step": 6, "learning_rate": 2e-3, "warmup_proportion": 0.5}
+    run(files.flags(output, log_prefix="phase2_log", **(flags | phase2)))
+    return output
+
+
+def test_steps_are_cumulative_and_the_schedule_is_the_phases_own(two_phases):
+    assert [step for step, _ in losses(two_phases, "phase1_log")] == [1, 2, 3, 4, 5, 6]
+    rows = metrics(two_phases, "phase2_log")
+    assert [int(row["step"]) for row in rows] == [7, 8, 9, 10, 11]
+    rates = [learning_rate(s, base=2e-3, total_steps=5, warmup_proportion=0.5, decay="poly") for s in range(1, 6)]
+    assert [float(row["learning_rate"]) for row in rows] == rates
+    assert float(rows[1]["average_loss"]) == (float(rows[0]["step_loss"]) + float(rows[1]["step_loss"])) / 2
+    assert saved_steps(two_phases / "pretrain_ckpts") == [6, 11]  # the last of phase 1 stays, whatever is kept
+
+
+def test_a_phase_takes_over_weights_and_moments_and_starts_counting_anew(files, two_phases, tmp_path):
+    """As NVIDIA's suite does it: step counts, schedule and data begin again, moments stay."""
+    (tmp_path / "pretrain_ckpts").mkdir()
+    shutil.copy(two_phases / "pretrain_ckpts" / "ckpt_6.pt", tmp_path / "pretrain_ckpts")
+    phase1 = checkpoint(tmp_path, 6)
+    begun = assembled(files.flags(tmp_path, previous_phase_end_step=6, add_lora="False"))
+    assert (begun.step, begun.samples, begun.loss_total) == (6, 0, 0.0)
+    for name, tensor in begun.engine.model.state_dict().items():
+        assert torch.equal(tensor, phase1["model"][name]), name
+    state = begun.engine.state_dict()["optimizer"]["state"]
+    assert state.keys() == phase1["optimizer"]["state"].keys()
+    for name, before in phase1["optimizer"]["state"].items():
+        assert (before["step"], state[name]["step"]) == (6, 0)
+        assert torch.equal(before["exp_avg"], state[name]["exp_avg"])
+        assert torch.equal(before["exp_avg_sq"], state[name]["exp_avg_sq"])
+    assert any(before["exp_avg"].abs().sum() > 0 for before in phase1["optimizer"]["state"].values())
+    phase2 = checkpoint(two_phases, 11)
+    assert {entry["step"] for entry in phase2["optimizer"]["state"].values()} == {5}
+    assert phase2["data"] == {"samples": 5 * 12} and phase2["phase_start"] == 6
+
+
+def test_a_phase_killed_in_its_middle_resumes_there(files, two_phases, tmp_path):
+    flags = {"add_lora": "False", "num_steps_per_checkpoint": 2}
+    run(files.flags(tmp_path, max_steps=6, **flags))
+    phase2 = {"max_steps": 5, "previous_phase_end_step": 6, "learning_rate": 2e-3, "warmup_proportion": 0.5}
+    phase2 = files.flags(tmp_path, log_prefix="phase2_log", **(flags | phase2))
+    dies_after(9, phase2)
+    assert "resumed after step 8" in run(phase2).stderr
+    assert losses(tmp_path, "phase2_log") == losses(two_phases, "phase2_log")
+    assert run(files.flags(tmp_path, max_steps=6, **flags)).stderr.startswith("finished")  # phase 1, started again
+
+
+def test_lazy_adapters_count_the_steps_of_all_phases(files, tmp_path):
+    flags = {"num_steps_per_checkpoint": 2, "lazy_lora_fraction": 0.25}
+    run(files.flags(tmp_path, max_steps=8, log_prefix="phase1_log", **(flags | {"add_lora": "False"})))
+    run(files.flags(tmp_path, max_steps=8, previous_phase_end_step=8, log_prefix="phase2_log", **flags))
+    assert [row["adapters"] for row in metrics(tmp_path, "phase1_log")] == ["0"] * 8
+    assert [row["adapters"] for row in metrics(tmp_path, "phase2_log")] == ["0"] * 4 + ["1"] * 4  # 0.25 of 16
+    run(files.flags(tmp_path, max_steps=2, previous_phase_end_step=16, log_prefix="phase3_log", add_lora=None))
+    assert [row["adapters"] for row in metrics(tmp_path, "phase3_log")] == ["1", "1"]  # they never go
+
+
+def test_a_dense_phase_is_pruned_where_the_next_begins(files, tmp_path):
+    dense = {"add_lora": "False", "max_steps": 4}
+    run(files.flags(tmp_path, pruned_matrix="none", **dense))
+    begun = assembled(files.flags(tmp_path, previous_phase_end_step=4, **dense))
+    check_pruned_by_magnitude(begun.engine.model, checkpoint(tmp_path, 4)["model"])
+    run(files.flags(tmp_path, previous_phase_end_step=4, **dense))
+    assert checkpoint(tmp_path, 8)["sparsity"]["pruned_matrix"] == "static-weight"
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+def test_adapters_change_no_output_at_the_step_they_join(files, whole_run, tmp_path):
+    run(files.flags(tmp_path, add_lora="False"))
+    without, joined = losses(tmp_path), losses(whole_run)
+    assert without[:15] == joined[:15]  # step 15 computes with them, but R is still 0
+    assert all(a != b for a, b in zip(without[15:], joined[15:], strict=True))
+
+
+def test_adapters_by_hand_from_the_first_step_of_a_run(files, whole_run, tmp_path):
+    """--add_lora True in a run that is stopped and started again with it: the same as lazy ones of that step."""
+    dies_after(14, files.flags(tmp_path, add_lora="False", num_steps_per_checkpoint=7))
+    ended = run(files.flags(tmp_path, add_lora="True", num_steps_per_checkpoint=7))
+    assert "resumed after step 14" in ended.stderr or "resumed after step 7" in ended.stderr
+    state = checkpoint(tmp_path, 20)
+    first = 20 - next(iter(e["step"] for n, e in state["optimizer"]["state"].items() if n.endswith("lora_left"))) + 1
+    assert first == int(next(row["step"] for row in metrics(tmp_path) if row["adapters"] == "1"))
+    assert losses(tmp_path)[:first] == losses(whole_run)[:first]
+    run(files.flags(tmp_path / "new", add_lora="True", max_steps=2, lora_rank=3))
+    assert [row["adapters"] for row in metrics(tmp_path / "new")] == ["1", "1"]
+    assert checkpoint(tmp_path / "new", 2)["model"]["bert.encoder.layer.1.output.dense.lora_left"].shape == (32, 3)
+
+
+# ---------------------------------------------------------------------------------------------------- where it starts
+def check_pruned_by_magnitude(model, dense: dict[str, torch.Tensor]) -> None:
+    layers = named_layers(model, SparseLinear)
+    assert len(layers) == 9
+    for name, layer in layers:
+        weight = dense[f"{name}.weight"]
+        groups = weight.abs().unflatten(1, (-1, 4))
+        largest = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.topk(2).indices, True).flatten(1)
+        assert torch.equal(layer.mask(), largest), name
+        assert torch.equal(layer.dense_weight(), torch.where(largest, weight, 0.0)), name
+    first_query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(model.state_dict()[first_query], dense[first_query])
+
+
+def test_from_a_dense_checkpoint_of_ours(files, tmp_path):
+    run(files.flags(tmp_path / "dense", pruned_matrix="none", add_lora="False", max_steps=3))
+    dense = checkpoint(tmp_path / "dense", 3)["model"]
+    flags = files.flags(
+        tmp_path / "out", init_checkpoint=tmp_path / "dense" / "pretrain_ckpts" / "ckpt_3.pt", max_steps=2
+    )
+    check_pruned_by_magnitude(assembled(flags).engine.model, dense)
+    run(flags)
+    assert [step for step, _ in losses(tmp_path / "out")] == [1, 2]
+    entries = checkpoint(tmp_path / "out", 2)["optimizer"]["state"]
+    assert entries["bert.pooler.dense.weight"]["step"] == 2  # a fresh optimizer
+
+
+def test_from_a_hugging_face_folder(files, tmp_path):
+    torch.manual_seed(1)
+    config = BertConfig.from_dict(MODEL)
+    model = BertForPreTraining(config)
+    save_hf_folder(tmp_path / "hf", config, model.state_dict())
+    flags = files.flags(tmp_path / "out", init_checkpoint=tmp_path / "hf", max_steps=2)
+    check_pruned_by_magnitude(assembled(flags).engine.model, model.state_dict())
+    assert "start anew" not in run(flags).stderr
+    flags = files.flags(tmp_path / "dense", init_checkpoint=tmp_path / "hf", pruned_matrix="none", add_lora="False")
+    begun = assembled(flags).engine.model.state_dict()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_from_a_sparse_checkpoint_with_its_masks_and_adapters(files, whole_run, tmp_path):
+    init = whole_run / "pretrain_ckpts" / "ckpt_20.pt"
+    flags = files.flags(tmp_path, init_checkpoint=init, pruned_matrix=None, add_lora=None, max_steps=2, seed=7)
+    begun = assembled(flags)
+    for name, tensor in begun.engine.model.state_dict().items():
+        assert torch.equal(tensor, load_checkpoint(init)["model"][name]), name
+    assert begun.adapter_step is None and begun.step == 0
+    run(flags)
+    assert checkpoint(tmp_path, 2)["sparsity"] == load_checkpoint(init)["sparsity"]
+
+
+def test_weights_without_a_head_start_that_head_anew_and_say_so(files, tmp_path):
+    config = BertConfig.from_dict(MODEL | {"next_sentence": False})
+    save_hf_folder(tmp_path / "hf", config, BertForPreTraining(config).state_dict())
+    said = run(files.flags(tmp_path / "out", init_checkpoint=tmp_path / "hf", max_steps=1)).stderr
+    assert "start anew" in said and "cls.seq_relationship.weight" in said and "bert.encoder" not in said
+
+
+# --------------------------------------------------------------------------------------------------- every way to prune
+KINDS = ["none", "static-weight", "dynamic-weight", "static-input", "dynamic-input", "dynamic-output-grad"]
+
+
+@pytest.mark.parametrize("reduction_dim", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_along_either_dimension(files, tmp_path, kind, reduction_dim):
+    lora = "False" if kind == "none" else "lazy"
+    run(files.flags(tmp_path, pruned_matrix=kind, reduction_dim=reduction_dim, add_lora=lora, max_steps=2))
+    rows = metrics(tmp_path)
+    assert [row["adapters"] for row in rows] == ["0", "0" if kind == "none" else "1"]
+    assert all(2 < float(row["step_loss"]) < 7 for row in rows)
+    assert checkpoint(tmp_path, 2)["sparsity"]["pruned_matrix"] == kind
+    assert checkpoint(tmp_path, 2)["sparsity"]["reduction_dim"] == reduction_dim
+
+
+def test_kinds_differ_and_reversed_spellings_are_the_same(files, tmp_path):
+    names = [*KINDS, "weight-static"]
+    for name in names:
+        run(files.flags(tmp_path / name, pruned_matrix=name, add_lora="False", max_steps=2))
+    second_losses = [losses(tmp_path / name)[1][1] for name in names]
+    assert second_losses[-1] == second_losses[1]
+    assert len(set(second_losses)) == len(KINDS)
+
+
+SPARSITY = [
+    # flags, density of W^R of: block 0's intermediate, block 1's query
+    ({}, 1 / 2, 1 / 2),
+    ({"sparsity_increment": -1}, 1 / 2, 1 / 2),
+    ({"sparsity_increment": "1"}, 1 / 2, 1 / 4),
+    ({"sparsity_increment": "0,1,-1"}, 1 / 4, 1 / 2),
+    ({"sparsity_increment": "0,1"}, 1 / 4, 1 / 8),
+    ({"sparsity_increment": "1", "reduction_dim": False}, 1 / 2, 1 / 4),
+    ({"unstructured_masking": True}, 0.4, 0.4),
+    ({"unstructured_masking": True, "unstructured_mask_sparsity": 87.5}, 1 / 8, 1 / 8),
+    ({"skip_first_block": True}, 1, 1 / 2),
+    ({"skip_last_block": True}, 1 / 2, 1),
+    ({"skip_attention": True}, 1 / 2, 1),
+    ({"mask_init": "random"}, 1 / 2, 1 / 2),
+]
+
+
+@pytest.mark.parametrize(("changes", "first", "second"), SPARSITY, ids=[str(changes) for changes, *_ in SPARSITY])
+def test_what_is_pruned_and_by_how_much(files, tmp_path, changes, first, second):
+    run(files.flags(tmp_path, max_steps=2, **changes))
+    model = build_pretraining_model(checkpoint(tmp_path, 2))
+    layers = dict(model.named_modules())
+    for name, density in (
+        ("bert.encoder.layer.0.intermediate.dense", first),
+        ("bert.encoder.layer.1.attention.self.query", second),
+    ):
+        layer = layers[name]
+        kept = layer.values.numel() if isinstance(layer, SparseLinear) else layer.weight.numel()
+        assert kept == int(density * layer.in_features * layer.out_features), name
+    always_dense = ("bert.pooler.dense", "cls.predictions.transform.dense", "cls.seq_relationship")
+    always_dense += tuple(f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value"))
+    assert not any(isinstance(layers[name], SparseLinear) for name in always_dense)
+
+
+def test_random_masks_are_others(files, tmp_path):
+    run(files.flags(tmp_path / "random", mask_init="random", max_steps=1, add_lora="False"))
+    run(files.flags(tmp_path / "magnitude", max_steps=1, add_lora="False"))
+    name = "bert.encoder.layer.1.output.dense.mask_bits"
+    masks = [checkpoint(tmp_path / init, 1)["model"][name] for init in ("random", "magnitude")]
+    assert not torch.equal(*masks)
+
+
+# ----------------------------------------------------------------------------------------- precision, data, evaluation
+def test_narrow_precisions_stay_near_fp32(files, tmp_path):
+    for precision in ("fp32", "bf16", "fp16"):
+        run(
+            files.flags(
+                tmp_path / precision, precision=precision, max_steps=3, model_config_file=files.model_without_dropout
+            )
+        )
+    wide = [float(loss) for _, loss in losses(tmp_path / "fp32")]
+    for precision in ("bf16", "fp16"):
+        narrow = [float(loss) for _, loss in losses(tmp_path / precision)]
+        assert narrow[0] == pytest.approx(wide[0], rel=0.01) and narrow[0] != wide[0]
+        assert narrow[-1] == pytest.approx(wide[-1], rel=0.03)
+
+
+def test_fp16_on_a_cpu_runs_and_names_the_fast_one(files, tmp_path):
+    said = run([*files.flags(tmp_path, max_steps=1), "--fp16"]).stderr
+    assert "--precision bf16" in said
+    assert checkpoint(tmp_path, 1)["scaler"]["scale"] > 0
+    assert checkpoint(tmp_path, 1)["arguments"]["precision"] == "fp16"
+
+
+def test_the_command_line_wins_over_the_config_file(files, tmp_path):
+    config = {
+        "max_steps": 9,
+        "seed": 5,
+        "fp16": True,
+        "kfac": False,
+        "kfac_inv_interval": 10,
+        "log_prefix": "phase1_log",
+    }
+    (tmp_path / "phase.json").write_text(json.dumps(config))
+    flags = files.flags(tmp_path / "out", config_file=tmp_path / "phase.json", max_steps=2, precision="bf16")
+    run(flags)
+    assert len(losses(tmp_path / "out", "phase1_log")) == 2
+    arguments = checkpoint(tmp_path / "out", 2)["arguments"]
+    assert (arguments["max_steps"], arguments["seed"], arguments["precision"]) == (2, 5, "bf16")
+
+
+def test_learning_happens(files, tmp_path):
+    run(files.flags(tmp_path, max_steps=150, learning_rate=1e-2, num_steps_per_checkpoint=1000))
+    rows = [float(loss) for _, loss in losses(tmp_path)]
+    assert sum(rows[-20:]) / 20 < sum(rows[:5]) / 5 - 0.2
+
+
+def test_premasked_shards(files, tmp_path):
+    run(files.flags(tmp_path, input_dir=files.premasked, max_steps=2))
+    assert len(losses(tmp_path)) == 2
+
+
+def test_a_model_without_next_sentence_prediction(files, tmp_path):
+    model = write_model(tmp_path / "model.json", next_sentence=False)
+    for folder in (files.single, files.train):  # the labels of pairs are not used
+        output = tmp_path / folder.name
+        run(files.flags(output, input_dir=folder, model_config_file=model, max_steps=2))
+        for row in metrics(output):
+            assert float(row["nsp_loss"]) == 0 and float(row["step_loss"]) == float(row["mlm_loss"])
+        assert not any("pooler" in n or "seq_relationship" in n for n in checkpoint(output, 2)["model"])
+
+
+@torch.no_grad()
+def test_heldout_loss_and_accuracy_are_those_of_the_saved_model(files, whole_run):
+    """Computed here one sample at a time, over every position, from the last checkpoint."""
+    model = build_pretraining_model(checkpoint(whole_run, 20))
+    dataset = evaluation_dataset(
+        ShardSet(files.heldout),
+        local_batch_size=1,
+        rank=0,
+        world_size=1,
+        seed=42,
+        masked_token_fraction=0.2,
+        max_predictions_per_seq=4,
+        vocab_size=MODEL["vocab_size"],
+        mask_token_id=4,
+    )
+    total, correct, count = 0.0, 0, 0
+    for batch in step_loader(dataset):
+        part = {name: tensor[0] for name, tensor in batch.items()}
+        scores, _ = model(part["input_ids"], part["token_type_ids"], part["attention_mask"])
+        for position, label in zip(
+            part["masked_positions"][0].tolist(), part["masked_labels"][0].tolist(), strict=True
+        ):
+            if label >= 0:
+                total -= scores[0, position].double().log_softmax(0)[label].item()
+                correct += int(scores[0, position].argmax() == label)
+                count += 1
+    assert count > 11  # 11 samples
+    row = metrics(whole_run)[-1]
+    assert float(row["heldout_mlm_loss"]) == pytest.approx(total / count, rel=1e-5)
+    assert float(row["heldout_mlm_accuracy"]) == correct / count
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+def test_the_gradient_is_that_of_the_global_means(files, tmp_path):
+    """A batch of three micro-steps with 5, 1 and 0 masked tokens and 2, 1 and 0 sentence labels (design decision 7)."""
+    flags = files.flags(tmp_path, model_config_file=files.model_without_dropout, pruned_matrix="none", add_lora="False")
+    begun = assembled(flags)
+    batch = uneven_batch()
+    model = begun.engine.model
+    flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+    scores, sentence_scores = model(
+        flat["input_ids"], flat["token_type_ids"], flat["attention_mask"], flat["masked_positions"]
+    )
+    mlm = torch.nn.functional.cross_entropy(scores.flatten(0, 1), flat["masked_labels"].flatten(), ignore_index=-1)
+    nsp = torch.nn.functional.cross_entropy(sentence_scores, flat["next_sentence_labels"], ignore_index=-1)
+    expected = dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(mlm + nsp, list(model.parameters())), strict=True)
+    )
+
+    taken = {}
+    begun.engine.connect()
+    begun.engine.step = lambda rate: taken.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    found = begun.take_step(1, batch, Counts(masked_tokens=6, sentence_labels=3, tokens=0), rate=0.0)
+    assert found == pytest.approx((mlm.item(), nsp.item()), rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(taken[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
