@@ -264,7 +264,7 @@ def encode_corpus(
         UsageError: no formatted corpus, a vocabulary that does not do, or an output of other settings.
     """
     groups, text_hash = read_text(input_dir, settings, nproc)
-    train_files = sorted((input_dir / "train").glob("part_*.txt"))
+    train_files = [path for path in sorted((input_dir / "train").glob("part_*.txt")) if path.stat().st_size]
     wanted = VocabularySettings(settings.tokenizer, settings.lowercase, vocab_file, vocab_size)
     if vocab_file is not None:
         check_vocabulary(vocab_file, train_files[0], wanted)

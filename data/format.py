@@ -236,10 +236,7 @@ def format_corpus(
     files = find_files(corpus, download_dir, one_sentence_per_line)
     if Path(corpus).is_dir() and output.resolve().is_relative_to(Path(corpus).resolve()):
         raise UsageError(f"--output {output} lies inside --corpus {corpus}: give a folder outside it")
-    batches = [files[start : start + _FILES_PER_INSPECTION] for start in range(0, len(files), _FILES_PER_INSPECTION)]
-    sizes = [sum(file.path.stat().st_size for file in batch) for batch in batches]
-    checked = run_tasks(inspect_files, batches, sizes, nproc, "checking text", READING_BYTES_PER_PROCESS)
-    inspected = [file for batch in checked for file in batch]
+    inspected = _inspect(files, nproc)
     if not any(file.has_text for file in inspected):
         raise UsageError(f"--corpus {corpus}: there is no text in its {len(files)} files")
 
@@ -249,13 +246,28 @@ def format_corpus(
         "heldout_fraction": heldout_fraction,
     }
     claim_outputs(output / MANIFEST, settings, _existing_outputs(output), overwrite)
-    if (summary := read_manifest(output / SUMMARY)) is not None:
+    tasks = plan_parts(inspected, output, heldout_fraction)
+    summary = read_manifest(output / SUMMARY)
+    if summary is not None and all(path.is_file() for task in tasks for path in task.paths):
         print(f"format: {output} is complete, nothing to do", flush=True)
         return summary
-    tasks = plan_parts(inspected, output, heldout_fraction)
     sizes = [sum(stretch.end - stretch.start for _, stretch in task.stretches) for task in tasks]
     run_tasks(format_part, tasks, sizes, nproc, "formatting", _BYTES_PER_PROCESS)
+    summary = _finish(corpus, output)
+    documents = " + ".join(f"{summary[split]['documents']:,} {split}" for split in SPLITS)
+    watch.report(sum(sizes), f"{documents} documents in {output}")
+    return summary
 
+
+def _inspect(files: Sequence[CorpusFile], nproc: int) -> list[Inspected]:
+    batches = [files[start : start + _FILES_PER_INSPECTION] for start in range(0, len(files), _FILES_PER_INSPECTION)]
+    sizes = [sum(file.path.stat().st_size for file in batch) for batch in batches]
+    checked = run_tasks(inspect_files, batches, sizes, nproc, "checking text", READING_BYTES_PER_PROCESS)
+    return [file for batch in checked for file in batch]
+
+
+def _finish(corpus: str, output: Path) -> dict[str, dict[str, int]]:
+    """Write the summary that says that the text is whole; text with nothing to train on is removed instead."""
     summary = summarize(output)
     if summary["train"]["documents"] == 0:
         for path in [*_existing_outputs(output), output / MANIFEST]:
@@ -265,8 +277,6 @@ def format_corpus(
             "give more text or a smaller --heldout_fraction"
         )
     write_atomic(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    documents = " + ".join(f"{summary[split]['documents']:,} {split}" for split in SPLITS)
-    watch.report(sum(sizes), f"{documents} documents in {output}")
     return summary
 
 

@@ -198,6 +198,7 @@ save_and_stop() {
     [[ ${#HELPERS[@]} == 0 && -n $RUN_PID ]] || return 0
     stop_workers "$RUN_PID" > /dev/null 2>&1 &
     HELPERS+=($!)
+    disown # its end is no news
 }
 
 run_phase() { # PHASE
@@ -223,6 +224,7 @@ run_phase() { # PHASE
         exec 3<&0
         obey_input $$ <&3 > /dev/null 2>&1 &
         WATCHER=$!
+        disown
     fi
 
     wait_for "$RUN_PID" || code=$?

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that need a CUDA device, on this machine's Python (PYTHON, default python3), which must have a CUDA build of
+# The tests that need a CUDA device (tests/test_gpu*.py), on this machine's Python (PYTHON, default python3), which must have a CUDA build of
 # torch 2.11 or later beside h5py, pytest, tqdm and tensorboard. Installs nothing.
 # Usage: bash scripts/test_gpu.sh [pytest arguments]
 set -euo pipefail
@@ -9,4 +9,4 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     echo "test_gpu.sh: error: $python sees no CUDA device" >&2
     exit 2
 fi
-exec "$python" -m pytest -p no:cacheprovider -m gpu "$@"
+exec "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu*.py "$@"

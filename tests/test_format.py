@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from text_factory import contents
 
 from data import corpora, format
 from data.corpora import READERS, Stretch, cut_file, detect_reader, in_split
@@ -115,6 +116,8 @@ def test_a_file_cut_into_stretches_holds_each_document_once(tmp_path, reader):
         assert [s.start for s in stretches[1:]] == [s.end for s in stretches[:-1]]
         assert (stretches[0].start, stretches[-1].end) == (0, path.stat().st_size)
         assert len(stretches) > 3
+        content = path.read_bytes()
+        assert all(content[s.start - 1 : s.start] == b"\n" != content[s.start : s.start + 1] for s in stretches[1:])
         read = [document.paragraphs for stretch in stretches for document in READERS[reader].read(stretch)]
         assert [paragraphs for paragraphs in read if paragraphs] == documents
 
@@ -142,10 +145,6 @@ def _write_folder(folder: Path, documents: int = 40, first: int = 0) -> Path:
 def _documents(output: Path, split: str) -> list[str]:
     text = "".join(path.read_text() for path in sorted((output / split).glob("part_*.txt")))
     return [document for document in text.split("\n\n") if document]
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -181,22 +180,24 @@ def test_the_text_does_not_depend_on_the_number_of_processes(tmp_path, small_par
     corpus = _write_folder(tmp_path / "corpus")
     for nproc in (1, 2):
         format_corpus(str(corpus), tmp_path / f"out{nproc}", nproc=nproc)
-    assert _contents(tmp_path / "out1") == _contents(tmp_path / "out2")
-    assert len(_contents(tmp_path / "out1")) > 10
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    assert len(contents(tmp_path / "out1")) > 10
 
 
-def test_a_stopped_stage_makes_only_what_is_missing(tmp_path, small_parts):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_stopped_stage_makes_only_what_is_missing(tmp_path, small_parts, finished):
     corpus = _write_folder(tmp_path / "corpus")
     output = tmp_path / "out"
     format_corpus(str(corpus), output)
-    whole = _contents(output)
+    whole = contents(output)
     for path in output.rglob("*.*"):
         os.utime(path, (1, 1))
-    (output / "summary.json").unlink()
+    if not finished:
+        (output / "summary.json").unlink()
     (output / "train" / "part_00001.txt").unlink()
     (output / "train" / "part_00001.txt.tmp").write_text("half a docu")
     format_corpus(str(corpus), output)
-    assert _contents(output) == whole
+    assert contents(output) == whole
     made = {path.name for path in output.rglob("*.*") if path.stat().st_mtime > 1}
     assert made == {"part_00001.txt", "summary.json"}
 
@@ -313,7 +314,7 @@ def test_text_that_is_all_held_out_leaves_nothing_behind(tmp_path):
     corpus = _write_folder(tmp_path / "corpus")
     with pytest.raises(UsageError, match=r"no document is left to train on \(40 held out\)"):
         format_corpus(str(corpus), tmp_path / "out", heldout_fraction=1)
-    assert _contents(tmp_path / "out") == {}
+    assert contents(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize(
@@ -325,3 +326,4 @@ def test_a_malformed_file_is_named(tmp_path, content, message):
     (tmp_path / "corpus" / "wiki_00").write_text(content)
     with pytest.raises(UsageError, match=message):
         format_corpus(str(tmp_path / "corpus"), tmp_path / "out")
+    assert set(contents(tmp_path / "out")) <= {"manifest.json"}

@@ -378,6 +378,7 @@ def test_ssh_stops_every_machine_at_a_signal(cluster):
     two_machines(cluster, "wait 2", "wait 3")
     code, output = cluster.interrupt("ssh", signal.SIGTERM, hosts=("alpha", "beta"))
     assert (code, cluster.saved(), len(cluster.runs())) == (0, [2, 3], 2), output
+    assert "Killed" not in output
 
 
 def test_ssh_ends_the_other_machines_at_once_when_one_fails(cluster):
@@ -458,7 +459,12 @@ def test_run_pretraining_takes_the_scripts_flags_with_the_published_configs(clus
     assert batches == [(65536, 64, 20), (32768, 8, 80), (32768, 8, 80)]
 
 
-def test_the_demos_config_parses():
+@pytest.mark.parametrize("pruned,add_lora", [("static-weight", "lazy"), ("none", None)])
+def test_the_demos_config_serves_the_sparse_and_the_dense_run(pruned, add_lora):
+    """A dense model takes no adapters, so the config leaves them to the command line."""
     config = str(ROOT / "config" / "bert_pretraining_demo_config.json")
-    args = parse_arguments(["--config_file", config, "--input_dir", "i", "--output_dir", "o"])
-    assert (args.pruned_matrix, args.add_lora, args.lazy_lora_fraction) == ("static-weight", "lazy", 0.1)
+    flags = ["--config_file", config, "--input_dir", "i", "--output_dir", "o", "--pruned_matrix", pruned]
+    args = parse_arguments([*flags, *([] if add_lora is None else ["--add_lora", add_lora])])
+    assert args.add_lora == (add_lora or "False")
+    assert args.lazy_lora_fraction == 0.1
+    assert args.precision == "fp32"

@@ -165,15 +165,19 @@ def run_script(body):
 def test_workers_die_with_a_parent_that_is_killed():
     process = run_script("""
         loader = step_loader(Slow(0.01, count=10**6), 2)
-        print(*(int(next(loader)["process"]) for _ in range(2)), flush=True)
+        workers = [int(next(loader)["process"]) for _ in range(2)]
+        time.sleep(0.5)  # until they are idle, with all that they may prefetch made
+        print(*workers, flush=True)
         time.sleep(60)
     """)
     workers = [int(word) for word in process.stdout.readline().split()]
     assert len(set(workers)) == 2 and all(map(is_running, workers))
     process.kill()
-    process.communicate()
+    # Not communicate(): the workers hold the ends of its pipes, so it would wait for them.
+    process.wait()
     # Well below the five seconds in which torch's own workers look for their parent.
     assert wait_for(lambda: not any(map(is_running, workers)), 1.0)
+    process.communicate()
 
 
 def test_an_error_that_is_no_usage_error_ends_the_parent_at_once():

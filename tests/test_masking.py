@@ -90,14 +90,14 @@ def test_positions_are_uniform():
 
 
 def test_the_choice_does_not_depend_on_the_room_for_it():
-    ids = np.random.default_rng(0).integers(5, 50, (200, 32))
+    ids = np.random.default_rng(0).integers(5, 50, (50, 512))
     maskable = np.ones_like(ids, bool)
-    corrupted, positions, labels = corrupt(ids, maskable, MaskingRule(0.25, 8, 50, MASK))
-    for width in (9, 20, 40):
-        again, wide, wide_labels = corrupt(ids, maskable, MaskingRule(0.25, width, 50, MASK))
+    corrupted, positions, labels = corrupt(ids, maskable, MaskingRule(0.1, 51, 50, MASK))
+    for width in (52, 80, 400, 600):
+        again, wide, wide_labels = corrupt(ids, maskable, MaskingRule(0.1, width, 50, MASK))
         np.testing.assert_array_equal(again, corrupted)
-        np.testing.assert_array_equal(wide[:, :8], positions)
-        np.testing.assert_array_equal(wide_labels[:, :8], labels)
+        np.testing.assert_array_equal(wide[:, :51], positions)
+        np.testing.assert_array_equal(wide_labels[:, :51], labels)
 
 
 def test_a_row_depends_on_its_key_alone():

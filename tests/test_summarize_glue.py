@@ -1,6 +1,7 @@
 """scripts/summarize_glue.py: the 8-task mean as the SLoPe paper takes it, and what is missing from it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,17 +28,40 @@ def write_results(folder: Path, task: str, metrics: dict, **more) -> None:
     (folder / "eval_results.json").write_text(json.dumps({"task": task, "metrics": metrics} | more))
 
 
-def run_script(*folders: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, folders)], capture_output=True, text=True)
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs the script in this process: exit code and what it printed to stdout and stderr."""
+
+    def run(*folders: Path) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, folders)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return run
 
 
-def lines_of(*folders: Path) -> list[str]:
-    done = run_script(*folders)
+@pytest.fixture
+def lines_of(run_script):
+    def lines(*folders: Path) -> list[str]:
+        done = run_script(*folders)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return lines
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    write_results(tmp_path / "rte", "RTE", METRICS["RTE"])
+    done = subprocess.run([sys.executable, str(SCRIPT), "rte"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    assert done.stdout.startswith("RTE")
 
 
-def test_all_eight_tasks_give_the_mean(tmp_path):
+def test_all_eight_tasks_give_the_mean(tmp_path, lines_of):
     for task, metrics in METRICS.items():
         write_results(tmp_path / task, task, metrics)
     lines = lines_of(tmp_path)
@@ -54,7 +78,7 @@ def test_all_eight_tasks_give_the_mean(tmp_path):
     assert lines[8:] == [f"mean of all 8 tasks: {MEAN}"]
 
 
-def test_missing_tasks_are_named_and_the_mean_says_what_it_is_of(tmp_path):
+def test_missing_tasks_are_named_and_the_mean_says_what_it_is_of(tmp_path, lines_of):
     for task in ("RTE", "CoLA"):
         write_results(tmp_path / task, task.lower(), METRICS[task])
     lines = lines_of(tmp_path / "RTE", tmp_path / "CoLA")
@@ -64,7 +88,7 @@ def test_missing_tasks_are_named_and_the_mean_says_what_it_is_of(tmp_path):
     ]
 
 
-def test_other_tasks_keep_their_own_names_and_never_count(tmp_path):
+def test_other_tasks_keep_their_own_names_and_never_count(tmp_path, lines_of):
     for task, metrics in METRICS.items():
         write_results(tmp_path / task, task, metrics)
     for task in ("WNLI", "MNLI-mm", "SST-2-shaped", "QNLI-shaped"):
@@ -74,14 +98,14 @@ def test_other_tasks_keep_their_own_names_and_never_count(tmp_path):
     assert [line.split()[0] for line in lines[10:]] == ["MNLI-mm", "WNLI", "SST-2-shaped", "QNLI-shaped"]
 
 
-def test_only_other_tasks_give_no_mean(tmp_path):
+def test_only_other_tasks_give_no_mean(tmp_path, lines_of):
     write_results(tmp_path / "a", "sst-2-shaped", {"accuracy": 0.75})
     lines = lines_of(tmp_path)
     assert lines[0].startswith("no mean of 8 tasks yet")
     assert not [line for line in lines if line.startswith("mean")]
 
 
-def test_seeds_give_the_spread_and_their_own_folders_are_not_read(tmp_path):
+def test_seeds_give_the_spread_and_their_own_folders_are_not_read(tmp_path, lines_of):
     seeds = {"0": {"pearson": 0.8, "spearman": 0.8}, "1": {"pearson": 0.9, "spearman": 0.9}}
     write_results(tmp_path / "sts", "sts-b", {"pearson": 0.85, "spearman": 0.85}, seeds=seeds)
     write_results(tmp_path / "sts" / "seed_0", "sts-b", seeds["0"])
@@ -89,7 +113,7 @@ def test_seeds_give_the_spread_and_their_own_folders_are_not_read(tmp_path):
     assert line.split()[:6] == ["STS-B", "85.00", "±", "7.07", "(2", "seeds)"]
 
 
-def test_a_folder_that_is_named_twice_counts_once(tmp_path):
+def test_a_folder_that_is_named_twice_counts_once(tmp_path, lines_of):
     write_results(tmp_path / "rte", "RTE", METRICS["RTE"])
     assert "mean of these 1 tasks: 66.00" in lines_of(tmp_path, tmp_path / "rte", tmp_path)
 
@@ -107,7 +131,7 @@ def test_a_folder_that_is_named_twice_counts_once(tmp_path):
         ('{"task": 3, "metrics": {"f1": 1.0}}', "is no result"),
     ],
 )
-def test_what_is_no_result_is_one_line_and_exit_code_2(tmp_path, content, said):
+def test_what_is_no_result_is_one_line_and_exit_code_2(tmp_path, run_script, content, said):
     folder = tmp_path / "run"
     if content is not None:
         folder.mkdir()
@@ -121,7 +145,7 @@ def test_what_is_no_result_is_one_line_and_exit_code_2(tmp_path, content, said):
     assert not done.stdout
 
 
-def test_two_results_of_one_task_are_refused(tmp_path):
+def test_two_results_of_one_task_are_refused(tmp_path, run_script):
     for run in ("first", "second"):
         write_results(tmp_path / run, "RTE", METRICS["RTE"])
     done = run_script(tmp_path)
