@@ -14,7 +14,6 @@ from torch import Tensor
 
 from data.features import encode
 from data.glue import Example, Task, decide, find_file, get_task, labels_array, read_examples, score, write_predictions
-from data.tokenization import load_tokenizer
 from modeling import BertForSequenceClassification
 from training.distributed import World, reporter, this_process
 from training.errors import UsageError
@@ -49,6 +48,7 @@ def main() -> None:
     world = this_process(use_cuda=not args.no_cuda)
     report = reporter(world)
     task, setup = get_task(args.task_name), read_setup(args)
+    args.task_name = task.name  # its one spelling: a run is the same run when it is started again with another
     for split in splits_to_read(args, task):
         find_file(task, args.data_dir, split)
     run_job(args, world, setup, GlueJob(args, world, task, setup, report), report)
@@ -65,7 +65,6 @@ class GlueJob:
     def __init__(self, args, world: World, task: Task, setup: Setup, report):
         self.args, self.world, self.task, self.setup, self.report = args, world, task, setup, report
         self.name = task.name
-        self.tokenizer = load_tokenizer(setup.vocab_file, setup.lowercase)
         self.examples: dict[str, list[Example]] = {}
 
     def make_model(self) -> BertForSequenceClassification:
@@ -85,7 +84,11 @@ class GlueJob:
     def features(self, split: str) -> LabelledFeatures:
         examples = self.examples[split]
         arrays = encode(
-            examples, self.tokenizer, self.args.max_seq_length, cache_dir(self.args), show_progress=self.world.is_main
+            examples,
+            self.setup.tokenizer,
+            self.args.max_seq_length,
+            cache_dir(self.args),
+            show_progress=self.world.is_main,
         )
         labels = None if split in self.task.submissions else labels_array(self.task, examples)
         return LabelledFeatures(arrays, labels)

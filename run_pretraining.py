@@ -218,7 +218,7 @@ class PretrainingRun:
             "masked_token_fraction": args.masked_token_fraction,
             "max_predictions_per_seq": args.max_predictions_per_seq,
             "vocab_size": config.vocab_size,
-            "mask_token_id": resolve_mask_token_id(shards, config.vocab_file, args.input_dir),
+            "mask_token_id": resolve_mask_token_id(shards, config.vocab_file, shards.files[0].parent),
         }
         if heldout is not None:
             heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, args.eval_dir)

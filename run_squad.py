@@ -11,10 +11,9 @@ Results: OUTPUT_DIR/predictions.json, nbest_predictions.json and, with --do_eval
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.squad import Example
+from data.squad import Example, read_squad
 from data.squad_answers import evaluate, predict_answers, write_predictions
 from data.squad_windows import Features, load_squad
-from data.tokenization import load_tokenizer
 from modeling import BertForQuestionAnswering
 from training.distributed import World, reporter, this_process
 from training.errors import UsageError
@@ -66,7 +65,6 @@ class SquadJob:
     def __init__(self, args, world: World, setup: Setup):
         self.args, self.world, self.setup = args, world, setup
         self.name = "SQuAD v2.0" if args.version_2_with_negative else "SQuAD v1.1"
-        self.tokenizer = load_tokenizer(setup.vocab_file, setup.lowercase)
         self.answers = args.do_predict or args.do_eval
 
     def make_model(self) -> BertForQuestionAnswering:
@@ -79,6 +77,9 @@ class SquadJob:
         return (of_start + F.cross_entropy(end, batch["end_positions"], reduction="none")) / 2
 
     def load(self) -> Features | None:
+        if self.args.do_train and self.answers:
+            # A mistake in this file is found before the other one is encoded and kept.
+            read_squad(self.args.train_file, self.args.version_2_with_negative)
         if self.answers:
             self.questions, self.windows = self.read(self.args.predict_file, need_answers=self.args.do_eval)
         return self.read(self.args.train_file)[1] if self.args.do_train else None
@@ -87,7 +88,7 @@ class SquadJob:
         args = self.args
         return load_squad(
             path,
-            self.tokenizer,
+            self.setup.tokenizer,
             version_2=args.version_2_with_negative,
             need_answers=need_answers,
             max_seq_length=args.max_seq_length,

@@ -54,7 +54,9 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument(
         "--column", choices=tuple(COLUMNS), help="what to draw; by default step_loss, and mlm_loss beside --heldout"
     )
-    parser.add_argument("--smooth", default=1, type=whole(1), metavar="N", help="mean over the last N steps")
+    parser.add_argument(
+        "--smooth", type=whole(1), metavar="N", help="mean of N steps around each; by default 2%% of the longest run"
+    )
     parser.add_argument("--heldout", action="store_true", help="also draw the held-out masked-token loss")
     args = parser.parse_args(argv)
     if args.column is None:  # the held-out loss is one of masked tokens alone
@@ -131,11 +133,17 @@ def _numbers(row: dict[str, str | None], wanted: tuple[str, ...], where: str) ->
     return numbers
 
 
-def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` values, or over all so far where there are fewer. Same length as `values`."""
+def default_window(curves: list[Curve], column: str) -> int:
+    """2% of the longest run's steps; 1 for a column that is an average already."""
+    return 1 if column == "average_loss" else max(1, max(len(curve.steps) for curve in curves) // 50)
+
+
+def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over `window` values around each, over fewer at the two ends. Same length as `values`; it does not lag."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    places = np.arange(len(values))
+    starts = np.maximum(places - (window - 1) // 2, 0)
+    ends = np.minimum(places + window // 2 + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
@@ -144,9 +152,10 @@ def draw(curves: list[Curve], column: str, smooth: int, heldout: bool, output: P
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, f"C{index}", smooth, heldout)
     title = f"Pretraining: {COLUMNS[column]}"
-    axes.set_title(title if smooth == 1 else f"{title}, mean of the last {smooth} steps", loc="left")
+    axes.set_title(title if smooth == 1 else f"{title}, mean of {smooth} steps", loc="left")
     axes.set_xlabel("optimizer step, over all phases")
     axes.set_ylabel("loss (nats)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
@@ -160,13 +169,16 @@ def draw(curves: list[Curve], column: str, smooth: int, heldout: bool, output: P
 
 def _draw_curve(axes, curve: Curve, color: str, smooth: int, heldout: bool) -> None:
     if smooth > 1:
-        axes.plot(curve.steps, curve.losses, color=color, alpha=0.15, linewidth=0.6)
-    axes.plot(curve.steps, trailing_mean(curve.losses, smooth), color=color, linewidth=1.3, label=curve.label)
+        axes.plot(curve.steps, curve.losses, color=color, alpha=0.18, linewidth=0.5)
+    axes.plot(curve.steps, centred_mean(curve.losses, smooth), color=color, linewidth=1.3, label=curve.label)
     if heldout and curve.heldout:
-        label = f"{curve.label}: held-out masked-token loss"
-        axes.plot(*zip(*curve.heldout, strict=True), color=color, marker="o", linestyle="--", markersize=4, label=label)
+        label = f"{curve.label}, held-out masked tokens"
+        steps, losses = zip(*curve.heldout, strict=True)
+        axes.plot(
+            steps, losses, color=color, linestyle="--", linewidth=0.8, marker="o", markeredgecolor="w", label=label
+        )
     if curve.adapters_from is not None:
-        label = f"{curve.label}: adapters join at step {curve.adapters_from:,}"
+        label = f"{curve.label}, adapters join at step {curve.adapters_from:,}"
         axes.axvline(curve.adapters_from, color=color, linestyle=":", linewidth=1.3, label=label)
 
 
@@ -175,7 +187,7 @@ def main() -> None:
     curves = [read_run(Path(run), label, args.column) for run, label in zip(args.runs, args.labels, strict=True)]
     if args.heldout and not any(curve.heldout for curve in curves):
         raise UsageError("--heldout: no run has a held-out loss; train with --eval_dir")
-    draw(curves, args.column, args.smooth, args.heldout, Path(args.output))
+    draw(curves, args.column, args.smooth or default_window(curves, args.column), args.heldout, Path(args.output))
     print(f"wrote {args.output}")
 
 

@@ -41,7 +41,7 @@ pretrain() {
 pretrain slope --pruned_matrix static-weight --add_lora lazy
 runs=("SLoPe=$output/slope")
 if $dense; then
-    pretrain dense --pruned_matrix none
+    pretrain dense --pruned_matrix none --add_lora False
     runs+=("dense=$output/dense")
 fi
 

@@ -92,15 +92,19 @@ def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> tuple[i
     Raises:
         UsageError: when there are checkpoints and none of them can be used.
     """
-    steps = saved_steps(directory)
-    for step in reversed(steps):
+    problems = []
+    for step in reversed(saved_steps(directory)):
         path = checkpoint_path(directory, step)
         try:
-            return step, path, load_checkpoint(path, "--output_dir")
+            found = step, path, load_checkpoint(path, "--output_dir")
         except UsageError as error:
-            report(f"{error}: using the one before it")
-    if steps:
-        raise UsageError(f"--output_dir: none of the checkpoints in {directory} can be used; remove them to start anew")
+            problems.append(error)
+            continue
+        for problem in problems:
+            report(f"{problem}: using the one before it")
+        return found
+    if problems:
+        raise UsageError(f"{problems[0]}, and no other checkpoint there can be used; remove them to start anew")
     return None
 
 

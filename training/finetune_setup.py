@@ -3,6 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
+from data.tokenization import load_tokenizer
 from modeling import BertConfig
 from optimization import DECAYS, OPTIMIZERS
 from training.assembly import Source, read_source
@@ -27,7 +30,7 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
         "--vocab_file", metavar="FILE", help="the vocabulary, one token a line; a Hugging Face folder has its own"
     )
     model.add_argument("--tokenizer", choices=("wordpiece", "bpe"), help="kind of vocabulary; by default the model's")
-    add_switch(model, "--do_lower_case", "lower-case the text, also where the model's configuration does not")
+    add_switch(model, "--do_lower_case", "lower-case the text; when not given, as the model's configuration says")
     model.add_argument("--output_dir", metavar="DIR", help="folder for results, checkpoints and logs")
     model.add_argument(
         "--cache_dir", metavar="DIR", help="where encoded examples are kept; by default below --output_dir"
@@ -79,18 +82,24 @@ def settle_finetuning_flags(args) -> None:
         raise UsageError(f"--loss_scale {args.loss_scale:g}: only 0, dynamic loss scaling, is supported")
     if args.max_steps == 0:
         raise UsageError("--max_steps 0: must be at least 1, or -1 to go by --num_train_epochs")
+    if args.max_steps < 0 and args.num_train_epochs == 0:
+        raise UsageError("--num_train_epochs 0: must be above 0; to evaluate alone, leave --do_train out")
     if args.amp:
         args.fp16 = True
         args.given_on_command_line.add("fp16")
     settle_precision(args)
-    try:
-        args.seed_list = [int(word) for word in args.seeds.split(",")] if args.seeds else [args.seed]
-    except ValueError as error:
-        raise UsageError(f"--seeds {args.seeds}: must be whole numbers with commas, such as 0,1,2") from error
+    args.seed_list = [args.seed] if args.seeds is None else _parse_seeds(args.seeds)
     if args.init_checkpoint is None and args.bert_model is not None and Path(args.bert_model).is_dir():
         args.init_checkpoint = args.bert_model
     if args.init_checkpoint is None:
         raise UsageError("--init_checkpoint: must name a checkpoint or a Hugging Face folder (nothing is downloaded)")
+
+
+def _parse_seeds(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise UsageError(f"--seeds {text}: must be different whole numbers with commas, such as 0,1,2")
+    return [int(word) for word in words]
 
 
 @dataclass(frozen=True)
@@ -100,15 +109,14 @@ class Setup:
     source: Source
     config: BertConfig
     sparsity: SparsityConfig
-    vocab_file: Path
-    lowercase: bool
+    tokenizer: Tokenizer
 
 
 def read_setup(args) -> Setup:
     """Read the checkpoint and settle sizes, sparsity and vocabulary with the flags.
 
     Raises:
-        UsageError: for contradictions, and when no vocabulary is to be found.
+        UsageError: for contradictions, and when there is no vocabulary or one that the model has no embeddings for.
     """
     source = read_source(args.init_checkpoint)
     config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file)
@@ -124,9 +132,15 @@ def read_setup(args) -> Setup:
         raise UsageError(
             f"--tokenizer {args.tokenizer or config.tokenizer}: fine-tuning reads wordpiece vocabularies only"
         )
-    return Setup(
-        source, config, sparsity, _find_vocabulary(args, source, config), args.do_lower_case or config.lowercase
-    )
+    lowercase = args.do_lower_case if "do_lower_case" in args.given else config.lowercase
+    vocab_file = _find_vocabulary(args, source, config)
+    tokenizer = load_tokenizer(vocab_file, lowercase)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise UsageError(
+            f"--vocab_file {vocab_file}: holds {tokenizer.get_vocab_size()} entries, but the model knows "
+            f"{config.vocab_size}; it must be the vocabulary that the model was trained with"
+        )
+    return Setup(source, config, sparsity, tokenizer)
 
 
 def _find_vocabulary(args, source: Source, config: BertConfig) -> Path:

@@ -27,6 +27,7 @@ from training.engine import Engine, seed_dropout
 from training.errors import UsageError
 from training.finetune_setup import Setup
 from training.logs import Logger, open_json_lines
+from training.sparsity import SparsityConfig
 
 Batch = dict[str, Tensor]
 METRICS = ["step", "epoch", "step_loss", "average_loss", "learning_rate", "sequences_per_second", "tokens_per_second"]
@@ -115,6 +116,12 @@ class FineTuning:
                     f"--output_dir {self.directory}: holds a run with {name} {value}, not {now.get(name)}; "
                     "give another folder"
                 )
+        saved, asked = SparsityConfig.from_dict(checkpoint["sparsity"]), self.setup.sparsity
+        if saved != asked:
+            raise UsageError(
+                f"--output_dir {self.directory}: holds a run of another sparsity ({_described(saved)}) than this one "
+                f"({_described(asked)}); give another folder"
+            )
         self.engine.model.load_state_dict(checkpoint["model"])
         self.engine.load_state_dict(checkpoint)
         self.step, self.loss_total = step, checkpoint["loss_total"]
@@ -122,15 +129,9 @@ class FineTuning:
 
     def _defining_arguments(self) -> dict:
         """The flags that make it the same run when it is started again."""
-        names = ("task_name", "init_checkpoint", "train_file", "max_seq_length", "train_batch_size", "optimizer")
-        names += (
-            "learning_rate",
-            "lr_decay",
-            "warmup_proportion",
-            "weight_decay",
-            "precision",
-            "version_2_with_negative",
-        )
+        names = ("task_name", "train_file", "version_2_with_negative", "doc_stride", "max_query_length")
+        names += ("init_checkpoint", "mask_init", "max_seq_length", "train_batch_size", "precision")
+        names += ("optimizer", "learning_rate", "lr_decay", "warmup_proportion", "weight_decay", "max_grad_norm")
         found = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
         return found | {"seed": self.seed, "total_steps": self.total_steps}
 
@@ -189,7 +190,7 @@ class FineTuning:
         for micro_step in range(micro_steps):
             part = parts[micro_step * self.world.size + self.world.rank]
             # A rank without an example still takes part in the averaging, with one that counts nothing.
-            batch = padded_batch(features, part if len(part) else rows[:1], self.world.device)
+            batch = self._batch(features, part if len(part) else rows[:1])
             seed_dropout(self.seed, step, micro_step, self.world.rank)
             with self.engine.accumulate(last=micro_step == micro_steps - 1):
                 losses = self.losses(self._outputs(self.engine.parallel, batch), batch)
@@ -197,8 +198,11 @@ class FineTuning:
                 self.engine.backward(loss_sum / len(rows) * self.world.size)
             total = total + loss_sum.detach()
         self.engine.step(rate)
-        loss, tokens = sum_over_ranks(self.world, [total.item(), 0.0])[0], float(features.lengths[rows].sum())
-        return loss / len(rows), tokens
+        (loss_sum,) = sum_over_ranks(self.world, [total.item()])
+        return loss_sum / len(rows), float(features.lengths[rows].sum())
+
+    def _batch(self, features: Features, rows: np.ndarray) -> Batch:
+        return padded_batch(features, rows, self.args.max_seq_length, self.world.device)
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, ...]:
         with self.engine.autocast():
@@ -216,7 +220,7 @@ class FineTuning:
         mine, found = batches[self.world.rank :: self.world.size], []
         quiet = self.args.disable_progress_bar or not self.world.is_main
         for part in tqdm(mine, desc=what, unit="batch", disable=quiet):
-            outputs = self._outputs(model, padded_batch(features, part, self.world.device))
+            outputs = self._outputs(model, self._batch(features, part))
             outputs = torch.stack(outputs if isinstance(outputs, tuple) else (outputs,), 1)
             found.append((part, outputs.float().cpu().numpy()))
         everything = [pair for pairs in gather_objects(self.world, found) for pair in pairs]
@@ -240,10 +244,16 @@ class FineTuning:
         remove_old_checkpoints(self.checkpoints, keep=1, phase_start=0, phase_end=self.total_steps)
 
 
-def padded_batch(features: Features, rows: np.ndarray, device: torch.device) -> Batch:
-    """The rows as tensors on the device, cut to the longest of them."""
+def _described(sparsity: SparsityConfig) -> str:
+    """What differs from a dense model."""
+    plain = SparsityConfig().to_dict()
+    return ", ".join(f"{k} {v}" for k, v in sparsity.to_dict().items() if v != plain[k]) or "dense"
+
+
+def padded_batch(features: Features, rows: np.ndarray, most: int, device: torch.device) -> Batch:
+    """The rows as tensors on the device, cut to about the longest of them; `most` is `--max_seq_length`."""
     longest = -(-int(features.lengths[rows].max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    arrays = features.batch(rows, longest)
+    arrays = features.batch(rows, min(longest, most))
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
@@ -280,6 +290,8 @@ def run_job(args, world: World, setup: Setup, job: Job, report: Callable[[str], 
     Everything that can be wrong with flags, checkpoint and data is found before the ranks join.
     """
     output_dir, results = Path(args.output_dir), {}
+    if args.precision == "fp16" and world.device.type == "cpu":
+        report("--fp16 runs as asked, slowly on a CPU: --precision bf16 is the fast one here")
 
     def tuning_of(seed: int) -> FineTuning:
         directory = output_dir if len(args.seed_list) == 1 else output_dir / f"seed_{seed}"
@@ -332,6 +344,7 @@ def over_seeds(results: dict[int, dict[str, float]]) -> dict:
 def _write_results(args, results: dict) -> None:
     write_atomic(Path(args.output_dir) / "eval_results.json", json.dumps(results, indent=2) + "\n")
     if args.json_summary is not None:
+        Path(args.json_summary).parent.mkdir(parents=True, exist_ok=True)
         summary = open_json_lines(Path(args.json_summary))
         summary.log(step="SUMMARY", data=results["metrics"])
         summary.close()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from training.distributed import leave_together
 from training.errors import UsageError
 
 
@@ -44,7 +43,12 @@ def run_door(main: Callable[[], None]) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             line = str(error).replace("\n", " ")
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-        leave_together()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from training.distributed import (
+                leave_together,
+            )  # here, since it takes torch, which the data tools do without
+
+            leave_together()
         sys.exit(2)
 
 
