@@ -221,7 +221,7 @@ class PretrainingRun:
             "mask_token_id": resolve_mask_token_id(shards, config.vocab_file, shards.files[0].parent),
         }
         if heldout is not None:
-            heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, args.eval_dir)
+            heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, heldout.files[0].parent)
             self.heldout_masking = self.masking | {"mask_token_id": heldout_mask}
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         self.engine = Engine(model, world, args)

@@ -234,7 +234,8 @@ def format_corpus(
     """
     watch = Stopwatch("format", nproc)
     files = find_files(corpus, download_dir, one_sentence_per_line)
-    if Path(corpus).is_dir() and output.resolve().is_relative_to(Path(corpus).resolve()):
+    is_folder = corpus not in CORPORA and Path(corpus).is_dir()  # ./demo for a folder that has a corpus's name
+    if is_folder and output.resolve().is_relative_to(Path(corpus).resolve()):
         raise UsageError(f"--output {output} lies inside --corpus {corpus}: give a folder outside it")
     inspected = _inspect(files, nproc)
     if not any(file.has_text for file in inspected):

@@ -327,3 +327,11 @@ def test_a_malformed_file_is_named(tmp_path, content, message):
     with pytest.raises(UsageError, match=message):
         format_corpus(str(tmp_path / "corpus"), tmp_path / "out")
     assert set(contents(tmp_path / "out")) <= {"manifest.json"}
+
+
+def test_a_folder_that_has_a_corpus_name_does_not_hide_the_corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.setattr(format, "find_files", lambda *_: [])  # that it lies inside the folder must not be what is wrong
+    with pytest.raises(UsageError, match="there is no text in its 0 files"):
+        format_corpus("demo", tmp_path / "demo" / "data" / "text")

@@ -20,6 +20,10 @@ from training.errors import UsageError
 WATCH_SECONDS = 1.0
 LEAVE_SECONDS = 30.0
 
+# Held to the end of the process. Else DDP would be the last to hold a group, and would wait for its threads with the
+# interpreter's lock taken, which one of those may be waiting for to let go of a tensor.
+_groups: list[dist.ProcessGroup] = []
+
 
 @dataclass(frozen=True)
 class World:
@@ -74,6 +78,7 @@ def process_group(world: World):
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30))
+    _groups.append(dist.group.WORLD)
     try:
         yield
     finally:

@@ -58,6 +58,11 @@ class Engine:
                 gradient_as_bucket_view=True,
             )
 
+    def disconnect(self) -> None:
+        """Drop what `connect` built. DDP that outlives the process group may hang when it is freed: it then frees the
+        group too, holding the interpreter's lock while it waits for a thread of the group that wants that lock."""
+        self.parallel = self.model
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
 

@@ -319,14 +319,15 @@ def run_job(args, world: World, setup: Setup, job: Job, report: Callable[[str], 
 
 
 def _train(tuning: FineTuning, features: Features | None, stop: StopSignal) -> bool:
-    tuning.engine.connect()
     if tuning.step >= tuning.total_steps:
         return True
     tuning.directory.mkdir(parents=True, exist_ok=True)
     logger = Logger(tuning.directory, "finetune", METRICS, tuning.step, enabled=tuning.world.is_main)
+    tuning.engine.connect()
     try:
         return tuning.train(features, logger, stop)
     finally:
+        tuning.engine.disconnect()
         logger.close()
 
 
