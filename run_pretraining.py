@@ -9,6 +9,7 @@ The recipe's settings are in config/bert_pretraining_phase{1,2,3}_config.json; f
 A run goes on from the newest checkpoint in OUT/pretrain_ckpts, and a finished one ends at once.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,12 @@ from modeling import BertConfig, BertForPreTraining, pretraining_loss_sums
 from optimization import DECAYS, OPTIMIZERS, learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.assembly import build_model
-from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
+from training.checkpoint import (
+    checkpoint_path,
+    remove_old_checkpoints,
+    remove_unfinished_checkpoints,
+    save_checkpoint,
+)
 from training.distributed import (
     OutputLock,
     StopSignal,
@@ -47,14 +53,16 @@ from training.flags import (
     whole,
 )
 from training.logs import Logger
-from training.phases import Start, adapter_step, find_start
+from training.phases import Start, adapter_step, check_same_start, find_start
 from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
 
 CHECKPOINTS = "pretrain_ckpts"  # below --output_dir
+HELDOUT_SEED = 0  # of the held-out masks: the same for every run, so that runs of different seeds compare
+SAME_DATA = ("seed", "masked_token_fraction", "max_predictions_per_seq")  # flags that may not change within a phase
 METRICS = [
     *("step", "epoch", "step_loss", "average_loss", "learning_rate", "mlm_loss", "nsp_loss"),
     *("sequences_per_second", "tokens_per_second", "data_wait_seconds", "adapters"),
-    *("heldout_mlm_loss", "heldout_mlm_accuracy"),
+    *("heldout_mlm_loss", "heldout_mlm_accuracy", "loss_scale"),
 ]
 
 
@@ -62,10 +70,12 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(description=__doc__.split("\n")[0])
     files = parser.add_argument_group("files")
     files.add_argument("--config_file", metavar="JSON", help="defaults for any of these flags")
-    files.add_argument("--model_config_file", metavar="JSON", help="the model's sizes")
-    files.add_argument("--input_dir", metavar="DIR", help="folder of HDF5 shards, here or s3://BUCKET/PREFIX")
-    files.add_argument("--output_dir", metavar="DIR", help="folder for checkpoints and logs")
-    files.add_argument("--eval_dir", metavar="DIR", help="folder of held-out shards")
+    files.add_argument("--model_config_file", metavar="JSON", help="the model's sizes (required)")
+    files.add_argument(
+        "--input_dir", metavar="DIR", help="folder of HDF5 shards, here or s3://BUCKET/PREFIX (required)"
+    )
+    files.add_argument("--output_dir", metavar="DIR", help="folder for checkpoints and logs (required)")
+    files.add_argument("--eval_dir", metavar="DIR", help="folder of held-out shards, here or s3://BUCKET/PREFIX")
     files.add_argument(
         "--init_checkpoint", metavar="PATH", help="start from these weights: a checkpoint or a Hugging Face folder"
     )
@@ -75,14 +85,14 @@ def parse_arguments(argv: list[str] | None = None):
         "--previous_phase_end_step",
         default=0,
         type=whole(0),
-        help="last step of the phase before, whose end this one takes",
+        help="steps that the phases before took; this one starts from that checkpoint",
     )
     batch.add_argument("--global_batch_size", default=2**16, type=whole(1), help="sequences of one optimizer step")
     batch.add_argument(
         "--local_batch_size", default=8, type=whole(1), help="sequences of one micro-step of one process"
     )
     batch.add_argument(
-        "--seed", default=42, type=whole(0, 2**32 - 1), help="of weights, masks, sample order and dropout"
+        "--seed", default=42, type=whole(0, 2**32 - 1), help="seed of new weights, masks, sample order and dropout"
     )
     batch.add_argument("--masked_token_fraction", default=0.2, type=real(0, 1), help="share of the tokens to predict")
     batch.add_argument(
@@ -90,12 +100,25 @@ def parse_arguments(argv: list[str] | None = None):
     )
     batch.add_argument("--num_workers", default=1, type=whole(0), help="loader processes of each process; 0: none")
     optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--optimizer", default="lamb", choices=tuple(OPTIMIZERS), help="the optimizer")
+    optimizer.add_argument(
+        "--optimizer",
+        default="lamb",
+        choices=tuple(OPTIMIZERS),
+        help="fused-lamb is NVIDIA's apex where it is installed, else ours",
+    )
     optimizer.add_argument("--learning_rate", default=5e-5, type=real(0), help="peak learning rate")
     optimizer.add_argument("--lr_decay", default="poly", choices=tuple(DECAYS), help="schedule after the warm-up")
-    optimizer.add_argument("--warmup_proportion", default=0.01, type=real(0, 1), help="share of the phase's steps")
     optimizer.add_argument(
-        "--weight_decay", default=0.01, type=real(0), help="of all weights but biases and LayerNorms"
+        "--warmup_proportion",
+        default=0.01,
+        type=real(0, 1),
+        help="share of the phase's steps that the learning rate rises in",
+    )
+    optimizer.add_argument(
+        "--weight_decay",
+        default=0.01,
+        type=real(0),
+        help="weight decay; none on biases and LayerNorms, adapters have their own",
     )
     optimizer.add_argument("--max_grad_norm", default=1.0, type=real(0), help="clip the global gradient norm to this")
     add_precision_flags(optimizer)
@@ -147,10 +170,14 @@ def main() -> None:
         report=report,
     )
     run = PretrainingRun(args, config, world, start, sparsity, model, shards, heldout)
+    start = replace(start, source=None, checkpoint=None)  # as large as model and optimizer together
 
     stop = StopSignal()
     with process_group(world):
-        lock = OutputLock(world, Path(args.output_dir))  # held until the process ends
+        lock = OutputLock(world, Path(args.output_dir))
+        check_same_start(world, start, Path(args.output_dir) / CHECKPOINTS, shards.total)
+        if world.is_main:
+            remove_unfinished_checkpoints(Path(args.output_dir) / CHECKPOINTS)
         logger = open_logger(args, world, start)
         try:
             run.train(logger, stop)
@@ -222,7 +249,7 @@ class PretrainingRun:
         }
         if heldout is not None:
             heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, heldout.files[0].parent)
-            self.heldout_masking = self.masking | {"mask_token_id": heldout_mask}
+            self.heldout_masking = self.masking | {"mask_token_id": heldout_mask, "seed": HELDOUT_SEED}
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         self.engine = Engine(model, world, args)
         self.adapter_step = adapter_step(args, start, bool(sparsity.lora_rank))
@@ -230,20 +257,41 @@ class PretrainingRun:
         self.saved_step = None if start.checkpoint is None else start.step
         if start.checkpoint is not None:
             self.resume(start.checkpoint)
+            self.start = replace(start, source=None, checkpoint=None)
+        self.dataset = self.training_steps()
 
     def resume(self, checkpoint: dict) -> None:
         """Take over what a checkpoint holds beside the weights; a new phase keeps the moments alone."""
         if self.start.within_phase:
+            self.check_same_data(checkpoint)
             self.engine.load_state_dict(checkpoint)
             self.samples, self.loss_total = checkpoint["data"]["samples"], checkpoint["loss_total"]
-        elif self.start.source.sparsity == self.sparsity:  # else it was just pruned: its moments fit no weight now
+        elif self.start.source.sparsity.sparse == self.sparsity.sparse:  # else just pruned: moments fit no weight now
             self.engine.load_state_dict(checkpoint)
             reset_steps(self.engine.optimizer)
+
+    def check_same_data(self, checkpoint: dict) -> None:
+        """The position in the data means something only in the same order of the same data.
+
+        Raises:
+            UsageError: a flag or the number of samples is not the checkpoint's.
+        """
+        now, before = self.arguments(), checkpoint["arguments"]
+        for name in SAME_DATA:
+            if now[name] != before[name]:
+                raise UsageError(
+                    f"--{name} {now[name]} contradicts the checkpoint, in the middle of a phase that has {before[name]}"
+                )
+        if checkpoint["data"]["total"] != self.shards.total:
+            raise UsageError(
+                f"--input_dir {self.args.input_dir}: holds {self.shards.total} samples, but this phase began with "
+                f"{checkpoint['data']['total']}"
+            )
 
     def train(self, logger: Logger, stop: StopSignal) -> None:
         self.engine.connect()
         self.announce(logger)
-        loader = self.open_loader()
+        loader = step_loader(self.dataset, self.args.num_workers, pin_memory=self.world.device.type == "cuda")
         first, last = self.start.phase_start + 1, self.start.phase_end
         logger.start_bar(first, last, done=self.step - first + 1, disable=self.args.disable_progress_bar)
         for step in range(self.step + 1, last + 1):
@@ -290,18 +338,19 @@ class PretrainingRun:
         if self.args.precision == "fp16" and self.world.device.type == "cpu":
             logger.text("--fp16 runs as asked, slowly on a CPU: --precision bf16 is the fast one here")
 
-    def open_loader(self) -> StepLoader:
-        dataset = StepDataset(
+    def training_steps(self) -> StepDataset:
+        """The steps that are left."""
+        at_most = math.ceil(self.args.global_batch_size / self.world.size)  # more would be padding alone
+        return StepDataset(
             self.shards,
             global_batch_size=self.args.global_batch_size,
-            local_batch_size=self.args.local_batch_size,
+            local_batch_size=min(self.args.local_batch_size, at_most),
             rank=self.world.rank,
             world_size=self.world.size,
             steps=self.start.phase_end - self.step,
             start_sample=self.samples,
             **self.masking,
         )
-        return step_loader(dataset, self.args.num_workers, pin_memory=self.world.device.type == "cuda")
 
     def next_batch(self, loader: StepLoader, stop: StopSignal) -> tuple[Batch | None, Counts | None]:
         """This rank's part of the next step and what all parts hold together; None when any rank was told to stop."""
@@ -311,8 +360,9 @@ class PretrainingRun:
         except UsageError as found:
             error = found
         else:
-            labels = (batch["masked_labels"] >= 0, batch["next_sentence_labels"] >= 0, batch["attention_mask"])
-            local = [float(part.sum()) for part in labels]
+            lengths = batch["attention_mask"].sum(-1)
+            tokens = lengths * (lengths > 1)  # a padding row attends to one place, and is no sequence
+            local = [float(x.sum()) for x in (batch["masked_labels"] >= 0, batch["next_sentence_labels"] >= 0, tokens)]
         *totals, stopped, failed = sum_over_ranks(
             self.world, [*local, float(stop.received is not None), float(error is not None)]
         )
@@ -337,7 +387,13 @@ class PretrainingRun:
             sums += torch.stack([mlm_sum, nsp_sum]).detach()
         engine.step(rate)
         mlm_sum, nsp_sum = sum_over_ranks(self.world, sums.tolist())
-        return mlm_sum / max(counts.masked_tokens, 1), nsp_sum / max(counts.sentence_labels, 1)
+        losses = mlm_sum / max(counts.masked_tokens, 1), nsp_sum / max(counts.sentence_labels, 1)
+        if not math.isfinite(sum(losses)) and not engine.scaler.is_enabled():  # loss scaling skips such a step
+            raise UsageError(
+                f"--learning_rate {self.args.learning_rate:g}: the loss of step {step} is not finite, the run diverged; "
+                "lower it, or raise --warmup_proportion, and go on from the last checkpoint"
+            )
+        return losses
 
     def forward(self, model, part: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Summed MLM and next-sentence losses of one micro-batch, and its token scores [B, P, V]."""
@@ -366,7 +422,8 @@ class PretrainingRun:
         """Count the step as taken and return its metrics."""
         mlm_loss, nsp_loss = losses
         self.step, self.samples = step, self.samples + self.args.global_batch_size
-        self.loss_total += mlm_loss + nsp_loss
+        if math.isfinite(mlm_loss + nsp_loss):
+            self.loss_total += mlm_loss + nsp_loss
         return {
             "epoch": (self.samples - 1) // self.shards.total,
             "step_loss": mlm_loss + nsp_loss,
@@ -378,6 +435,7 @@ class PretrainingRun:
             "tokens_per_second": counts.tokens / seconds,
             "data_wait_seconds": waited,
             "adapters": int(self.sparsity.lora_rank > 0),
+            "loss_scale": self.engine.scaler.get_scale(),
         }
 
     @torch.no_grad()
@@ -414,16 +472,15 @@ class PretrainingRun:
         state = {
             "step": self.step,
             "phase_start": self.start.phase_start,
-            "phase_end": self.start.phase_end,
             "model_config": self.config.to_dict(),
             "sparsity": self.sparsity.to_dict(),
-            "data": {"samples": self.samples},
+            "data": {"samples": self.samples, "total": self.shards.total},
             "loss_total": self.loss_total,
             "arguments": self.arguments(),
         }
         save_checkpoint(checkpoint_path(directory, self.step), state | self.engine.state_dict())
         self.saved_step = self.step
-        remove_old_checkpoints(directory, self.args.keep_checkpoints, self.start.phase_start, self.start.phase_end)
+        remove_old_checkpoints(directory, self.args.keep_checkpoints, self.start.phase_start, self.step)
 
     def arguments(self) -> dict:
         return {name: value for name, value in sorted(vars(self.args).items()) if not name.startswith("given")}

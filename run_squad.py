@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.squad import Example, read_squad
-from data.squad_answers import evaluate, predict_answers, write_predictions
+from data.squad_answers import Predictions, best_null_thresholds, evaluate, predict_answers, write_predictions
 from data.squad_windows import Features, load_squad
 from modeling import BertForQuestionAnswering
 from training.distributed import World, reporter, this_process
 from training.errors import UsageError
 from training.finetune_setup import Setup, add_finetuning_flags, cache_dir, read_setup, settle_finetuning_flags
-from training.finetuning import Batch, FineTuning, run_job
+from training.finetuning import LOSING_SCORE, Batch, FineTuning, run_job
 from training.flags import Parser, add_switch, parse_flags, real, run_door, whole
 
 
@@ -71,8 +71,12 @@ class SquadJob:
         return BertForQuestionAnswering(self.setup.config)
 
     def losses(self, logits: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        """Mean cross-entropy of the answer's first and last position, [B]."""
-        start, end = (scores.float() for scores in logits)
+        """Mean cross-entropy of the answer's first and last position, [B]; no position is in the padding.
+
+        Else a window's loss would depend on the length that its batch happens to have.
+        """
+        padding = batch["attention_mask"] == 0
+        start, end = (scores.float().masked_fill(padding, LOSING_SCORE) for scores in logits)
         of_start = F.cross_entropy(start, batch["start_positions"], reduction="none")
         return (of_start + F.cross_entropy(end, batch["end_positions"], reduction="none")) / 2
 
@@ -116,7 +120,11 @@ class SquadJob:
         if self.world.is_main:
             tuning.directory.mkdir(parents=True, exist_ok=True)
             write_predictions(tuning.directory, predictions)
-        return evaluate(self.questions, predictions.answers, args.version_2_with_negative) if args.do_eval else {}
+        return self.score(predictions) if args.do_eval else {}
+
+    def score(self, predictions: Predictions) -> dict[str, float]:
+        metrics = evaluate(self.questions, predictions.answers, self.args.version_2_with_negative)
+        return metrics | (best_null_thresholds(self.questions, predictions) if predictions.null_odds else {})
 
 
 if __name__ == "__main__":

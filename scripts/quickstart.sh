@@ -47,4 +47,5 @@ fi
 
 echo
 "$PYTHON" scripts/quickstart_report.py --runs "${runs[@]}" --heldout "$output/data/phase1/heldout"
+echo "  wall time of this script: $SECONDS s"
 "$PYTHON" scripts/plot_curves.py --runs "${runs[@]#*=}" --labels "${runs[@]%%=*}" --output "$output/loss_curve.png" --heldout

@@ -36,6 +36,7 @@ STOP_GRACE="${STOP_GRACE:-240}"                             # seconds that savin
 NODES_FILE="${NODES_FILE:-$REPOSITORY/nodes.txt}"
 RDZV_PORT="${RDZV_PORT:-29400}"                             # a free port of the first machine, open to the others
 SSH_FLAGS="${SSH_FLAGS:-}"                                  # such as -i KEY
+REMOTE_ENV="${REMOTE_ENV:-}"                                # such as NCCL_SOCKET_IFNAME=eth0 SLOPE_CACHE=/scratch
 NPROC_PER_NODE="${NPROC_PER_NODE:-gpu}"                     # gpu: one process a GPU
 MAX_RESTARTS="${MAX_RESTARTS:-0}"                           # how often torchrun restarts processes that crashed
 set +a
@@ -58,7 +59,10 @@ FORWARDED=(
 
 remote_command() { # PHASE
     local name
+    local -a remote_env
+    read -ra remote_env <<< "$REMOTE_ENV"
     printf 'cd %q && exec env STOP_ON_EOF=1' "$REPOSITORY"
+    if ((${#remote_env[@]} > 0)); then printf ' %q' "${remote_env[@]}"; fi
     for name in "${FORWARDED[@]}"; do printf ' %s=%q' "$name" "${!name}"; done
     printf ' bash scripts/launch_pretraining.sh run %q\n' "$1"
 }

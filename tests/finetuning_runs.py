@@ -14,7 +14,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -218,9 +217,7 @@ def run_apart(door: str, flags: Sequence[str], *prepare, ranks: int = 1) -> list
         if process.is_alive():
             process.kill()
             process.join()
-    return [
-        Finished(process.exitcode, "", (streams / str(rank)).read_text()) for rank, process in enumerate(processes)
-    ]
+    return [Finished(process.exitcode, "", (streams / str(rank)).read_text()) for rank, process in enumerate(processes)]
 
 
 def _run_apart(door: str, flags: list[str], environment: dict[str, str], stream: Path, prepare: list) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pretraining_runs import (
     MODEL,
     ROOT,
     VOCAB_SIZE,
+    Run,
     TrainingFiles,
     begin_ranks,
     begin_run,
@@ -574,13 +576,7 @@ def test_only_damaged_checkpoints(files, half_way, tmp_path):
     shutil.copytree(half_way, output)
     path = output / "pretrain_ckpts" / "ckpt_5.pt"
     path.write_bytes(b"")
-    before = snapshot(output)
-    ended = begin_run(files.flags(output)).finish()
-    assert ended.code == 2
-    damaged, error = ended.stderr.splitlines()
-    assert str(path) in damaged and "damaged" in damaged
-    assert error.startswith(SPOKEN) and "--output_dir" in error and "remove them" in error
-    assert snapshot(output) == before
+    refused(files.flags(output), output, "--output_dir", str(path), "damaged", "remove them")
 
 
 def test_a_phase_that_does_not_follow_the_checkpoint(files, whole_run, half_way, tmp_path):
@@ -625,3 +621,39 @@ def test_under_a_launcher_one_line_and_2_from_every_rank(files, tmp_path):
     assert codes == ["2", "2"], ended.stderr
     assert 'run_pretraining.py", line' not in ended.stderr  # no traceback of ours
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def launcher_store() -> dict[str, str]:
+    """The environment of two ranks under a launcher, whose store this process plays."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"},
+    }
+    del store
+
+
+def test_a_rank_that_is_done_waits_for_the_slower_one(files, tmp_path, launcher_store):
+    flags = files.flags(tmp_path / "out", lora_rank=0)
+    quick = Run(flags, launcher_store | {"RANK": "0", "LOCAL_RANK": "0"}, [])
+    quick.process.join(1.0)
+    assert quick.process.is_alive()
+    quick.signal(signal.SIGTERM)  # as a launcher does once a rank has failed
+    slow = Run(flags, launcher_store | {"RANK": "1", "LOCAL_RANK": "1"}, [])
+    assert [slow.finish().code, quick.finish().code] == [2, 2]
+
+
+def impatient() -> None:
+    import training.distributed
+
+    training.distributed.LEAVE_SECONDS = 0.5
+
+
+def test_a_rank_whose_mistake_is_its_own_does_not_wait_for_ever(files, tmp_path, launcher_store):
+    flags = files.flags(tmp_path / "out", lora_rank=0)
+    ended = Run(flags, launcher_store | {"RANK": "0", "LOCAL_RANK": "0"}, [impatient]).finish(20)
+    assert ended.code == 2 and ended.stderr.startswith(SPOKEN) and ended.stderr.count("\n") == 1, ended
+    launcher_store["MASTER_PORT"] = "9"  # nobody there any more
+    ended = Run(flags, launcher_store | {"RANK": "0", "LOCAL_RANK": "0"}, [impatient]).finish(20)
+    assert ended.code == 2 and ended.stderr.startswith(SPOKEN), ended

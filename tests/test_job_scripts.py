@@ -51,7 +51,7 @@ from pathlib import Path
 
 launcher = os.getppid()
 signal.signal(signal.SIGUSR1, lambda number, frame: sys.argv[2] == "wait" and (Path(sys.argv[1]).touch(), os._exit(0)))
-(Path(__file__).parent / ("ready" + os.environ.get("STUB_HOST", ""))).touch()
+(Path(__file__).parent / ("ready" + os.environ.get("STUB_HOST", ""))).write_text(str(launcher))
 while os.getppid() == launcher:
     time.sleep(0.05)
 """
@@ -109,6 +109,7 @@ class Cluster:
             cwd=self.home,
             env=environment | settings,
             text=True,
+            start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -131,7 +132,8 @@ class Cluster:
 
     def await_workers(self, hosts: tuple[str, ...] = ("",)) -> None:
         deadline = time.monotonic() + 30
-        while not all((self.home / f"ready{host}").exists() for host in hosts):
+        ready = [self.home / f"ready{host}" for host in hosts]
+        while not all(path.exists() and path.read_text() for path in ready):
             assert time.monotonic() < deadline, "the workers did not start"
             time.sleep(0.02)
 
@@ -291,22 +293,31 @@ def test_processes_that_do_not_save_in_time_are_killed_and_that_is_a_failure(clu
     assert time.monotonic() - started < 30
 
 
-def test_the_real_torchrun_ends_with_0_after_a_signal(cluster):
+REAL_RUN = """import os, sys
+checkpoints = os.path.join(sys.argv[sys.argv.index("--output_dir") + 1], "pretrain_ckpts")
+os.makedirs(checkpoints, exist_ok=True)
+rank, worker = os.environ["RANK"], {worker!r}
+os.environ["STUB_HOST"] = rank
+checkpoint = os.path.join(checkpoints, f"ckpt_{{int(rank) + 1}}.pt")
+os.execv(sys.executable, [sys.executable, "-SE", worker, checkpoint, "wait"])
+"""
+
+
+@pytest.mark.parametrize("to_everybody", [False, True], ids=["to the script", "to its group and to torchrun"])
+def test_the_real_torchrun_ends_with_0_after_a_signal(cluster, to_everybody):
     """Its workers hear of it, although torchrun itself would answer TERM with exit code 1 and die of USR1."""
     (cluster.bin / "torchrun").unlink()
     (cluster.bin / "torchrun").symlink_to(Path(sys.executable).parent / "torchrun")
-    (cluster.repository / "run_pretraining.py").write_text(
-        "import os, sys\n"
-        "checkpoints = os.path.join(sys.argv[sys.argv.index('--output_dir') + 1], 'pretrain_ckpts')\n"
-        "os.makedirs(checkpoints, exist_ok=True)\n"
-        f"worker, rank = {str(cluster.home / 'worker.py')!r}, os.environ['RANK']\n"
-        "os.environ['STUB_HOST'] = rank\n"
-        "sys.argv = [worker, os.path.join(checkpoints, f'ckpt_{int(rank) + 1}.pt'), 'wait']\n"
-        "__file__ = worker\n"
-        "exec(open(worker).read())\n"
-    )
-    code, output = cluster.interrupt("local", signal.SIGTERM, hosts=("0", "1"), NPROC_PER_NODE="2")
-    assert (code, cluster.saved()) == (0, [1, 2]), output
+    (cluster.repository / "run_pretraining.py").write_text(REAL_RUN.format(worker=str(cluster.home / "worker.py")))
+    process = cluster.start("local", NPROC_PER_NODE="2")
+    cluster.await_workers(("0", "1"))
+    if to_everybody:
+        os.kill(int((cluster.home / "ready0").read_text()), signal.SIGUSR1)
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, cluster.saved()) == (0, [1, 2]), output
 
 
 # ---------------------------------------------------------------- SLURM
@@ -355,11 +366,13 @@ def test_ssh_starts_one_torchrun_a_machine_with_the_same_settings(cluster):
     for host in ("me@alpha", "beta"):
         cluster.plan("save 4", host=host)
     awkward = {"PHASES": "1", "OUTPUT_DIR": f"{cluster.home}/it's $HOME", "SPARSITY_INCREMENT": "0,12,-1"}
-    code, output = cluster.run("ssh", NODES_FILE=str(nodes), RDZV_PORT="29511", SSH_FLAGS="-i key", **awkward)
+    machine = {"NODES_FILE": str(nodes), "RDZV_PORT": "29511", "SSH_FLAGS": "-i key", "REMOTE_ENV": "A=1 B=2"}
+    code, output = cluster.run("ssh", **machine, **awkward)
     assert code == 0, output
     assert [call.split(" cd ")[0] for call in sorted(cluster.calls("ssh"))] == [
         f"-o BatchMode=yes -o ServerAliveInterval=30 -i key {host}" for host in ("beta", "me@alpha")
     ]
+    assert all(" env STOP_ON_EOF=1 A=1 B=2 PHASES=1 " in call for call in cluster.calls("ssh"))
     (beta, beta_launcher, beta_flags), (alpha, alpha_launcher, alpha_flags) = sorted(cluster.runs(), key=lambda r: r[0])
     assert (beta, alpha) == ("beta", "me@alpha")
     assert (beta_launcher, beta_flags) == (alpha_launcher, alpha_flags)

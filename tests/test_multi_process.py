@@ -95,7 +95,7 @@ def test_two_ranks_killed_and_resumed_give_the_very_same_losses(files, tmp_path)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------- gradients (design: the loss)
+# ----------------------------------------------------------------------------------------------------------- gradients
 def record_gradients(flags: list[str], result: Path) -> None:
     """Called in each rank in place of a run: one step on an uneven batch, and when gradients were averaged."""
     from run_pretraining import Counts

@@ -37,10 +37,10 @@ def write_metrics(
 
 @pytest.fixture
 def run(tmp_path):
-    """Two phases; the adapters join in the second."""
+    """Two phases, with names in the other order; the adapters join in the second."""
     folder = tmp_path / "slope"
-    write_metrics(folder / "phase2_log_metrics.csv", range(41, 61), adapters_from=56, heldout_every=10)
-    write_metrics(folder / "phase1_log_metrics.csv", range(1, 41), heldout_every=10)
+    write_metrics(folder / "last_metrics.csv", range(41, 61), adapters_from=56, heldout_every=10)
+    write_metrics(folder / "pre_metrics.csv", range(1, 41), heldout_every=10)
     return folder
 
 
@@ -98,9 +98,14 @@ def test_beside_the_held_out_loss_the_training_loss_is_of_masked_tokens_too(run,
     assert heldout.get_label() == "slope, held-out masked tokens"
 
 
-def test_the_chosen_column_is_drawn_and_an_average_is_not_smoothed_again(run, drawn, monkeypatch, tmp_path):
-    run_main(monkeypatch, "--runs", run, "--output", tmp_path / "c.png", "--column", "average_loss")
-    np.testing.assert_allclose(drawn().lines[0].get_ydata(), 8.5 - np.arange(1, 61) / 100)
+def test_the_chosen_column_is_drawn_and_an_average_is_not_smoothed_again(drawn, monkeypatch, tmp_path):
+    write_metrics(tmp_path / "long_metrics.csv", range(1, 201))
+    flags = ["--runs", tmp_path, "--output", tmp_path / "c.png", "--column"]
+    run_main(monkeypatch, *flags, "step_loss")
+    assert drawn().get_title(loc="left").endswith("mean of 4 steps")
+    run_main(monkeypatch, *flags, "average_loss")
+    (line,) = drawn().lines
+    np.testing.assert_allclose(line.get_ydata(), 8.5 - np.arange(1, 201) / 100)
     assert "average loss of the phase so far" in drawn().get_title(loc="left")
 
 

@@ -117,19 +117,19 @@ def test_killed_and_resumed_with_other_settings(files, tmp_path, changes):
 
 
 def test_a_plain_process_killed_from_outside_at_any_moment(files, tmp_path):
-    """The command itself, SIGKILLed some milliseconds after a checkpoint appeared, three times over."""
-    changes = {"max_steps": 300, "num_steps_per_checkpoint": 10, "lazy_lora_fraction": 0.5}
+    """The command itself, SIGKILLed some milliseconds after a checkpoint appeared, twice."""
+    changes = {"max_steps": 150, "num_steps_per_checkpoint": 10, "lazy_lora_fraction": 0.7}
     run(files.flags(tmp_path / "whole", **changes))
     output = tmp_path / "killed"
     command = [sys.executable, "run_pretraining.py", *files.flags(output, **changes)]
     killed = []
-    for step in (11, 130, 190):
+    for step in (11, 61):
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
             wait_for_step(output, step)
             time.sleep(random.random() * 0.05)
             process.kill()
         killed.append(losses(output)[-1][0])
-    assert killed[-1] < 300
+    assert killed[-1] < 150
     run(files.flags(output, **changes))
     assert losses(output) == losses(tmp_path / "whole"), killed
 
@@ -239,14 +239,13 @@ def test_adapters_change_no_output_at_the_step_they_join(files, whole_run, tmp_p
 
 
 def test_adapters_by_hand_from_the_first_step_of_a_run(files, whole_run, tmp_path):
-    """--add_lora True in a run that is stopped and started again with it: the same as lazy ones of that step."""
-    dies_after(14, files.flags(tmp_path, add_lora="False", num_steps_per_checkpoint=7))
-    ended = run(files.flags(tmp_path, add_lora="True", num_steps_per_checkpoint=7))
-    assert "resumed after step 14" in ended.stderr or "resumed after step 7" in ended.stderr
-    state = checkpoint(tmp_path, 20)
-    first = 20 - next(iter(e["step"] for n, e in state["optimizer"]["state"].items() if n.endswith("lora_left"))) + 1
-    assert first == int(next(row["step"] for row in metrics(tmp_path) if row["adapters"] == "1"))
-    assert losses(tmp_path)[:first] == losses(whole_run)[:first]
+    """--add_lora True, given when a run is stopped and started again: they are there from its first step on."""
+    flags = {"num_steps_per_checkpoint": 7, "max_steps": 20}
+    dies_after(8, files.flags(tmp_path, add_lora="False", **flags))
+    assert "resumed after step 7" in run(files.flags(tmp_path, add_lora="True", **flags)).stderr
+    assert [row["adapters"] for row in metrics(tmp_path)] == ["0"] * 7 + ["1"] * 13
+    assert losses(tmp_path)[:8] == losses(whole_run)[:8]
+    assert losses(tmp_path)[8] != losses(whole_run)[8]
     run(files.flags(tmp_path / "new", add_lora="True", max_steps=2, lora_rank=3))
     assert [row["adapters"] for row in metrics(tmp_path / "new")] == ["1", "1"]
     assert checkpoint(tmp_path / "new", 2)["model"]["bert.encoder.layer.1.output.dense.lora_left"].shape == (32, 3)
@@ -379,12 +378,9 @@ def test_random_masks_are_others(files, tmp_path):
 
 # ----------------------------------------------------------------------------------------- precision, data, evaluation
 def test_narrow_precisions_stay_near_fp32(files, tmp_path):
+    changes = {"max_steps": 3, "model_config_file": files.model_without_dropout}
     for precision in ("fp32", "bf16", "fp16"):
-        run(
-            files.flags(
-                tmp_path / precision, precision=precision, max_steps=3, model_config_file=files.model_without_dropout
-            )
-        )
+        run(files.flags(tmp_path / precision, precision=precision, **changes))
     wide = [float(loss) for _, loss in losses(tmp_path / "fp32")]
     for precision in ("bf16", "fp16"):
         narrow = [float(loss) for _, loss in losses(tmp_path / precision)]
@@ -400,15 +396,8 @@ def test_fp16_on_a_cpu_runs_and_names_the_fast_one(files, tmp_path):
 
 
 def test_the_command_line_wins_over_the_config_file(files, tmp_path):
-    config = {
-        "max_steps": 9,
-        "seed": 5,
-        "fp16": True,
-        "kfac": False,
-        "kfac_inv_interval": 10,
-        "log_prefix": "phase1_log",
-    }
-    (tmp_path / "phase.json").write_text(json.dumps(config))
+    config = {"max_steps": 9, "seed": 5, "fp16": True, "log_prefix": "phase1_log"}
+    (tmp_path / "phase.json").write_text(json.dumps(config | {"kfac": False, "kfac_inv_interval": 10}))
     flags = files.flags(tmp_path / "out", config_file=tmp_path / "phase.json", max_steps=2, precision="bf16")
     run(flags)
     assert len(losses(tmp_path / "out", "phase1_log")) == 2
@@ -419,7 +408,7 @@ def test_the_command_line_wins_over_the_config_file(files, tmp_path):
 def test_learning_happens(files, tmp_path):
     run(files.flags(tmp_path, max_steps=150, learning_rate=1e-2, num_steps_per_checkpoint=1000))
     rows = [float(loss) for _, loss in losses(tmp_path)]
-    assert sum(rows[-20:]) / 20 < sum(rows[:5]) / 5 - 0.2
+    assert sum(rows[-20:]) / 20 < sum(rows[:5]) / 5 - 0.1
 
 
 def test_premasked_shards(files, tmp_path):

@@ -34,7 +34,7 @@ def whole_run(folder, sst2, tmp_path_factory):
     return output
 
 
-# ------------------------------------------------------------------------------------------------- the numbers are right
+# ------------------------------------------------------------------------------------------------ the numbers are right
 @pytest.mark.parametrize(("name", "writer", "outputs"), [("MNLI", runs.write_mnli, 3), ("STS-B", runs.write_stsb, 1)])
 def test_predictions_are_those_of_plain_transformers(tmp_path, name, writer, outputs):
     """Untrained but whole: the classifier is the folder's own. Predictions are compared through the test files."""
@@ -244,7 +244,7 @@ def test_lower_case_is_the_models_unless_a_flag_says_otherwise(tmp_path):
     assert written[None] == written[True] != written["False"]
 
 
-# ------------------------------------------------------------------------------------------- what is refused, in one line
+# ----------------------------------------------------------------------------------------- what is refused, in one line
 def test_wrong_inputs_are_one_line_and_write_nothing(folder, sst2, tmp_path):
     output, wrong = tmp_path / "out", tmp_path / "wrong"
     label = runs.write(wrong / "label" / "train.tsv", "sentence\tlabel\nthe tower\t7\n").parent
@@ -262,7 +262,7 @@ def test_wrong_inputs_are_one_line_and_write_nothing(folder, sst2, tmp_path):
         ({"init_checkpoint": None, "bert_model": "bert-large-uncased"}, ["--init_checkpoint"]),
         ({"init_checkpoint": wrong / "none.pt"}, ["none.pt"]),
         ({"init_checkpoint": damaged}, ["damaged.pt"]),
-        ({"init_checkpoint": other}, ["classifier.weight", "[3, 32]", "[2, 32]"]),
+        ({"init_checkpoint": other}, ["classifier.", "has shape [3", "need [2"]),
         ({"do_train": None}, ["--do_train", "classifier"]),
         ({"vocab_file": wrong / "none.txt"}, ["--vocab_file", "none.txt"]),
         ({"vocab_file": longer}, ["--vocab_file", "longer.txt", "must be the vocabulary"]),

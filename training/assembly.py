@@ -19,7 +19,7 @@ ENCODER = "bert."  # what a source of weights must hold in full; heads may start
 # What makes it the same network, also where the shapes of the weights do not show it.
 NETWORK_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("hidden_act", "max_position_embeddings", "type_vocab_size"),
+    *("hidden_act", "max_position_embeddings", "type_vocab_size", "vocab_size", "layer_norm_eps"),
 )
 
 

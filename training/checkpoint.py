@@ -108,8 +108,17 @@ def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> tuple[i
     return None
 
 
-def remove_old_checkpoints(directory: Path, keep: int, phase_start: int, phase_end: int) -> None:
-    """Keep the newest `keep` checkpoints of this phase; those of earlier phases and this phase's last one stay."""
-    of_phase = [step for step in saved_steps(directory) if phase_start < step <= phase_end]
+def remove_old_checkpoints(directory: Path, keep: int, phase_start: int, newest: int) -> None:
+    """Of this phase's checkpoints up to the one just saved, `newest`, keep that many; earlier phases' stay.
+
+    What lies beyond `newest` was found damaged when the run began, so it counts for nothing.
+    """
+    of_phase = [step for step in saved_steps(directory) if phase_start < step <= newest]
     for step in of_phase[:-keep]:
-        checkpoint_path(directory, step).unlink()
+        checkpoint_path(directory, step).unlink(missing_ok=True)
+
+
+def remove_unfinished_checkpoints(directory: Path) -> None:
+    """Remove what a killed run left half-written. Only for who holds the output directory's lock."""
+    for path in directory.glob("ckpt_*.tmp"):
+        path.unlink()

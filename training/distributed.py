@@ -19,6 +19,9 @@ from training.errors import UsageError
 
 WATCH_SECONDS = 1.0
 LEAVE_SECONDS = 30.0
+# A thread of the process group frees the last collective's tensors, for which it needs the interpreter's lock. Were it
+# still waiting for that when this process ends, the process would hang, or abort.
+SETTLE_SECONDS = 0.1
 
 # Held to the end of the process. Else DDP would be the last to hold a group, and would wait for its threads with the
 # interpreter's lock taken, which one of those may be waiting for to let go of a tensor.
@@ -40,17 +43,19 @@ class World:
 
 
 def this_process(use_cuda: bool = True) -> World:
-    """Read the launcher's environment; starts nothing, so that flags and files can be checked first.
+    """Read the launcher's environment; joins nothing yet, so that flags and files can be checked first.
 
     Raises:
         UsageError: when a node has more processes than GPUs.
     """
-    rank, size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    _end_with_launcher()
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     if not (use_cuda and torch.cuda.is_available()):
         return World(rank, size, local_rank, torch.device("cpu"))
-    if local_rank >= torch.cuda.device_count():
+    if max(local_size, local_rank + 1) > torch.cuda.device_count():  # on every rank, so that the first one can say it
         raise UsageError(
             f"--nproc_per_node: at most {torch.cuda.device_count()}, the GPUs of this node: each takes one process"
         )
@@ -70,7 +75,6 @@ def reporter(world: World) -> Callable[[str], None]:
 @contextlib.contextmanager
 def process_group(world: World):
     """Join the other ranks for the duration: NCCL between GPUs, gloo between CPUs and for what stays on the host."""
-    _end_with_launcher()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
@@ -82,6 +86,7 @@ def process_group(world: World):
     try:
         yield
     finally:
+        time.sleep(SETTLE_SECONDS)
         dist.destroy_process_group()
 
 
@@ -112,14 +117,17 @@ def leave_together() -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    limit, key = timedelta(seconds=LEAVE_SECONDS), f"usage_errors/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    key = f"usage_errors/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    deadline = time.monotonic() + LEAVE_SECONDS
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
-        if store.add(key, 1) == int(os.environ["WORLD_SIZE"]):
-            store.set(f"{key}/all", "")
-        store.wait([f"{key}/all"], limit)
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, timeout=timedelta(seconds=LEAVE_SECONDS))
+        arrived = store.add(key, 1)
+        while arrived < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            arrived = store.add(key, 0)
     except dist.DistError:
-        return  # the others are not coming, or the launcher is gone
+        return  # the launcher is gone
 
 
 def sum_over_ranks(world: World, values: list[float]) -> list[float]:
@@ -164,7 +172,7 @@ class StopSignal:
 
 
 class OutputLock:
-    """One run per output directory: rank 0 holds an advisory lock on `OUTPUT_DIR/.lock` until it ends."""
+    """One run per output directory: rank 0 holds an advisory lock on `OUTPUT_DIR/.lock` until `release`."""
 
     def __init__(self, world: World, output_dir: Path):
         self._file = None
@@ -180,19 +188,18 @@ class OutputLock:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._file = (output_dir / ".lock").open("a+")
-        except OSError as error:
-            raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
-        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            self._file.flush()
         except BlockingIOError as error:
             self._file.seek(0)
             raise UsageError(
                 f"--output_dir {output_dir}: another run is using it ({self._file.read().strip()}); "
                 "wait for it or give another directory"
             ) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._file.flush()
+        except OSError as error:  # no rights, a full disk, a file system without locks
+            raise UsageError(f"--output_dir {output_dir}: cannot be written or locked ({error.strerror})") from error
 
     def release(self) -> None:
         if self._file is not None:

@@ -81,7 +81,7 @@ class Engine:
             clip_gradients(self.optimizer, self.args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # apex's takes no argument
 
     def join_adapters(self, rank: int, seed: int) -> None:
         """Adapters join: new parameters, a new optimizer group at step 0; nothing else changes, no output either."""

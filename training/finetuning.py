@@ -31,7 +31,7 @@ from training.sparsity import SparsityConfig
 
 Batch = dict[str, Tensor]
 METRICS = ["step", "epoch", "step_loss", "average_loss", "learning_rate", "sequences_per_second", "tokens_per_second"]
-LOSING_SCORE = -1e4  # of positions behind a batch's longest row
+LOSING_SCORE = -1e4  # of positions in the padding
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, which tensor cores like
 
 
@@ -87,14 +87,12 @@ class FineTuning:
         self.args, self.world, self.setup, self.losses = args, world, setup, losses
         self.directory, self.seed, self.report = directory, seed, report
         self.checkpoints = directory / "finetune_ckpts"
-        missing: list[str] = []
+        self.notes: list[str] = []  # what the log begins with: only a run that has begun speaks
         model = build_model(
-            make_model, setup.sparsity, setup.source, seed=seed, mask_init=args.mask_init, report=missing.append
+            make_model, setup.sparsity, setup.source, seed=seed, mask_init=args.mask_init, report=self.notes.append
         )
-        if missing and not args.do_train:
-            raise UsageError(f"--init_checkpoint: {missing[0]}; fine-tune it first, with --do_train")
-        for line in missing:
-            report(line)
+        if self.notes and not args.do_train:
+            raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
         self.engine = Engine(model, world, args)
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 
@@ -125,7 +123,7 @@ class FineTuning:
         self.engine.model.load_state_dict(checkpoint["model"])
         self.engine.load_state_dict(checkpoint)
         self.step, self.loss_total = step, checkpoint["loss_total"]
-        self.report(f"{self.directory}: goes on after step {step} of {self.total_steps}")
+        self.notes = [f"{self.directory}: goes on after step {step} of {self.total_steps}"]
 
     def _defining_arguments(self) -> dict:
         """The flags that make it the same run when it is started again."""
@@ -137,6 +135,8 @@ class FineTuning:
 
     def train(self, features: Features, logger: Logger, stop: StopSignal) -> bool:
         """Take the steps that are left. Returns whether the run is finished, and not stopped by a signal."""
+        for line in self.notes:
+            logger.text(line)
         logger.start_bar(1, self.total_steps, done=self.step, disable=self.args.disable_progress_bar)
         self.engine.model.train()
         for step in range(self.step + 1, self.total_steps + 1):
@@ -241,7 +241,7 @@ class FineTuning:
             "arguments": self._defining_arguments(),
         }
         save_checkpoint(path, state | self.engine.state_dict())
-        remove_old_checkpoints(self.checkpoints, keep=1, phase_start=0, phase_end=self.total_steps)
+        remove_old_checkpoints(self.checkpoints, keep=1, phase_start=0, newest=self.step)
 
 
 def _described(sparsity: SparsityConfig) -> str:

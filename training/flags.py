@@ -192,5 +192,8 @@ def settle_precision(args) -> None:
     decisive = names & args.given_on_command_line or names & args.given
     if args.fp16 and decisive == names and args.precision != "fp16":
         raise UsageError(f"--fp16 and --precision {args.precision} contradict each other: give one of them")
-    if args.fp16 and "fp16" in decisive:
+    if "fp16" in decisive and args.fp16:
         args.precision = "fp16"
+    elif decisive == {"fp16"} and args.precision == "fp16":
+        args.precision = "fp32"
+    args.fp16 = args.precision == "fp16"

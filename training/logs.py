@@ -29,6 +29,7 @@ class Logger:
             return
         self._text = (output_dir / f"{prefix}.txt").open("a", buffering=1)
         self._csv_file, self._csv = _open_csv(output_dir / f"{prefix}_metrics.csv", columns, resume_step)
+        _drop_later_lines(output_dir / f"{prefix}.json", resume_step)
         self._json = open_json_lines(output_dir / f"{prefix}.json")
         from torch.utils.tensorboard import SummaryWriter  # here, since it takes a second to import
 
@@ -91,6 +92,25 @@ def _open_csv(path: Path, columns: list[str], resume_step: int):
     temporary.replace(path)
     file = path.open("a", newline="")
     return file, csv.DictWriter(file, columns)
+
+
+def _drop_later_lines(path: Path, resume_step: int) -> None:
+    """Keep the JSON lines of the steps up to `resume_step`, and those of no step."""
+    if not path.exists():
+        return
+
+    def counts(line: str) -> bool:
+        try:
+            step = json.loads(line.removeprefix("DLLL "))["step"]
+        except (ValueError, KeyError, TypeError):
+            return False  # the torn last line of a killed run
+        return not (isinstance(step, list) and step and step[0] > resume_step)
+
+    with path.open() as file:
+        kept = [line for line in file if counts(line)]
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
 
 
 class _JsonLines:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.assembly import Source, read_source, source_of
-from training.checkpoint import newest_checkpoint
+from training.checkpoint import newest_checkpoint, saved_steps
+from training.distributed import World, agree, gather_objects
 from training.errors import UsageError
 
 
@@ -22,6 +23,8 @@ class Start:
     """Weights; None draws them from the seed."""
     checkpoint: dict | None = None
     """The checkpoint of this run's output directory that goes on: its optimizer state is taken over."""
+    seen: tuple[int, ...] = ()
+    """Steps of the checkpoints that were there when this was decided."""
 
     @property
     def finished(self) -> bool:
@@ -40,6 +43,7 @@ def find_start(args, checkpoint_dir: Path, report: Callable[[str], None]) -> Sta
         UsageError: when the checkpoints do not reach this phase, or belong to another one.
     """
     phase_start, phase_end = args.previous_phase_end_step, args.previous_phase_end_step + args.max_steps
+    seen = tuple(saved_steps(checkpoint_dir))
     newest = newest_checkpoint(checkpoint_dir, report)
     if newest is None:
         return _fresh_start(args, phase_start, phase_end, checkpoint_dir)
@@ -50,13 +54,13 @@ def find_start(args, checkpoint_dir: Path, report: Callable[[str], None]) -> Sta
             f"finish the phase before, or give {step}"
         )
     if step >= phase_end:
-        return Start(step, phase_start, phase_end)
+        return Start(step, phase_start, phase_end, seen=seen)
     if step > phase_start and checkpoint["phase_start"] != phase_start:
         raise UsageError(
             f"--previous_phase_end_step {phase_start}: {path} belongs to the phase that began after step "
             f"{checkpoint['phase_start']}"
         )
-    return Start(step, phase_start, phase_end, source_of(checkpoint, path), checkpoint)
+    return Start(step, phase_start, phase_end, source_of(checkpoint, path), checkpoint, seen)
 
 
 def _fresh_start(args, phase_start: int, phase_end: int, checkpoint_dir: Path) -> Start:
@@ -68,6 +72,25 @@ def _fresh_start(args, phase_start: int, phase_end: int, checkpoint_dir: Path) -
             "phase before the same --output_dir, or name its last checkpoint by --init_checkpoint"
         )
     return Start(phase_start, phase_start, phase_end)
+
+
+def check_same_start(world: World, start: Start, checkpoint_dir: Path, samples: int) -> None:
+    """Once the output directory is locked: every rank decided on the same start, and it is still the newest.
+
+    Raises:
+        UsageError: on all ranks.
+    """
+    views = gather_objects(world, (start.step, start.phase_start, start.seen, samples))
+    error = None
+    if any(view != views[0] for view in views):
+        error = UsageError(
+            "--output_dir, --input_dir: ranks see different checkpoints or data there; give folders that all nodes share"
+        )
+    elif tuple(saved_steps(checkpoint_dir)) != start.seen:
+        error = UsageError(
+            f"--output_dir: a run that has just ended wrote checkpoints to {checkpoint_dir}; start again"
+        )
+    agree(world, error)
 
 
 def adapter_step(args, start: Start, has_adapters: bool) -> int | None:

@@ -130,7 +130,7 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
         default=60.0,
         type=real(),
         metavar="PERCENT",
-        help="pruned by unstructured masking",
+        help="percentage of each matrix that unstructured masking prunes",
     )
     group.add_argument(
         "--sparsity_increment",

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Fine-tune on GLUE's tasks on a SLURM cluster: its settings, then scripts/run_glue.sh, which runs on any machine.
+#
+#   cd slope-bert && INIT_CHECKPOINT=... VOCAB_FILE=... DATA_DIR=... OUTPUT_DIR=... sbatch scripts/run_glue_mist.sh
+#
+# Submitted again after a time limit, it goes on where it was.
+#SBATCH --job-name=slope-glue
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --time=12:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+REPOSITORY="${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the folder of the repository}"
+if [[ ! -f $REPOSITORY/run_glue.py ]]; then
+    echo "error: $REPOSITORY is not the folder of the repository: run sbatch from there" >&2
+    exit 2
+fi
+
+export NPROC_PER_NODE="${NPROC_PER_NODE:-gpu}" # one process a GPU
+export PRECISION="${PRECISION:-fp16}"
+export EXTRA_FLAGS="--disable_progress_bar ${EXTRA_FLAGS:-}"
+
+exec bash "$REPOSITORY/scripts/run_glue.sh"
