@@ -182,6 +182,7 @@ def main() -> None:
         try:
             run.train(logger, stop)
         finally:
+            run.engine.disconnect()
             logger.close()
             lock.release()
 
@@ -390,8 +391,8 @@ class PretrainingRun:
         losses = mlm_sum / max(counts.masked_tokens, 1), nsp_sum / max(counts.sentence_labels, 1)
         if not math.isfinite(sum(losses)) and not engine.scaler.is_enabled():  # loss scaling skips such a step
             raise UsageError(
-                f"--learning_rate {self.args.learning_rate:g}: the loss of step {step} is not finite, the run diverged; "
-                "lower it, or raise --warmup_proportion, and go on from the last checkpoint"
+                f"--learning_rate {self.args.learning_rate:g}: the loss of step {step} is not finite: lower the rate, "
+                "or raise --warmup_proportion, and go on from the last checkpoint"
             )
         return losses
 

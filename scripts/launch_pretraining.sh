@@ -174,13 +174,26 @@ find_torchrun() {
         refuse "torchrun is neither on PATH nor in $REPOSITORY/.venv/bin: make the environment (SETUP.md)"
 }
 
-# Until the processes have ended: tell them again every few seconds, since one that is still starting does not listen
-# yet. After STOP_GRACE seconds torchrun is killed, and its processes end with it.
+listens() { # PID: whether it has a handler for USR1
+    local caught
+    caught="$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2> /dev/null)"
+    [[ -n $caught ]] && ((0x$caught & 1 << (10 - 1))) # USR1 is signal 10
+}
+
+# Tell each training process once, as soon as it listens: while it starts it ignores the signal, and once its Python is
+# shutting down it would die of it. After STOP_GRACE seconds torchrun is killed, and its processes end with it.
 stop_workers() { # PID of torchrun
-    local waited
-    for ((waited = 0; waited < STOP_GRACE; waited += 2)); do
-        pkill -USR1 -P "$1" || true
-        sleep 2
+    local waited worker
+    local -A told=()
+    trap '' TERM INT HUP
+    for ((waited = 0; waited < STOP_GRACE; waited++)); do
+        for worker in $(pgrep -P "$1"); do
+            if [[ -z ${told[$worker]:-} ]] && listens "$worker"; then
+                told[$worker]=1
+                kill -USR1 "$worker" || true
+            fi
+        done
+        sleep 1
     done
     kill -KILL "$1"
 }
@@ -208,7 +221,7 @@ run_phase() { # PHASE
         rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "$RDZV_ID")
     fi
     torchrun="$(find_torchrun)" || exit
-    command -v pkill setsid > /dev/null || refuse "pkill and setsid must be installed (procps and util-linux)"
+    command -v pgrep setsid > /dev/null || refuse "pgrep and setsid must be installed (procps and util-linux)"
     pretraining_flags "$1"
     cd "$REPOSITORY" # the config files name the model's file from here
 

@@ -79,7 +79,7 @@ start_phase() { # PHASE
     local -A running=()
     signals="$(mktemp -d)"
     trap 'touch "$signals/stop"' USR1
-    trap '' TERM HUP # of the whole group: the script above has them too, and says USR1
+    trap '' TERM INT HUP # of the whole group: the script above has them too, and says USR1
     read -ra flags <<< "$SSH_FLAGS"
     for host in "${hosts[@]}"; do
         ssh -o BatchMode=yes -o ServerAliveInterval=30 "${flags[@]}" "$host" "$(remote_command "$1")" \

@@ -22,7 +22,8 @@ JOBS = {name: f"run_pretraining_jobs_{name}.sh" for name in ("local", "slurm", "
 PHASE_STEPS = {1: (0, 4), 2: (4, 3), 3: (7, 2)}  # previous_phase_end_step, max_steps: they end at 4, 7 and 9
 
 TORCHRUN = """#!{python} -SE
-# Plans: "save STEP", "fail CODE", "nothing", "wait STEP" (a worker that saves STEP at USR1), "deaf" (one that does not)
+# Plans: "save STEP", "fail CODE", "nothing", and with a worker that saves STEP at USR1: "wait STEP", "late STEP" (listens
+# after 3 s only), "slow STEP" (takes 3 s to end and does not listen then); "deaf" (a worker that never ends)
 import fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ if word == "save":
     (checkpoints / f"ckpt_{{value}}.pt").touch()
 elif word == "fail":
     sys.exit(int(value))
-elif word in ("wait", "deaf"):
+elif word in ("wait", "late", "slow", "deaf"):
     worker = subprocess.Popen([sys.executable, "-SE", home / "worker.py", checkpoints / f"ckpt_{{value}}.pt", word])
     sys.exit(worker.wait() != 0)
 """
@@ -49,9 +50,25 @@ elif word in ("wait", "deaf"):
 WORKER = """import os, signal, sys, threading, time
 from pathlib import Path
 
-launcher = os.getppid()
-signal.signal(signal.SIGUSR1, lambda number, frame: sys.argv[2] == "wait" and (Path(sys.argv[1]).touch(), os._exit(0)))
-(Path(__file__).parent / ("ready" + os.environ.get("STUB_HOST", ""))).write_text(str(launcher))
+checkpoint, plan, launcher = Path(sys.argv[1]), sys.argv[2], os.getppid()
+ready = Path(__file__).parent / ("ready" + os.environ.get("STUB_HOST", ""))
+
+
+def save(number, frame):
+    if plan == "deaf":
+        return
+    checkpoint.touch()
+    if plan == "slow":
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # as Python does when it shuts down
+        time.sleep(3)
+    os._exit(0)
+
+
+if plan == "late":
+    ready.write_text(str(launcher))
+    time.sleep(3)
+signal.signal(signal.SIGUSR1, save)
+ready.write_text(str(launcher))
 while os.getppid() == launcher:
     time.sleep(0.05)
 """
@@ -121,12 +138,12 @@ class Cluster:
         return process.returncode, output
 
     def interrupt(
-        self, job: str, number: signal.Signals, hosts: tuple[str, ...] = ("",), **settings
+        self, job: str, number: signal.Signals, hosts: tuple[str, ...] = ("",), group: bool = False, **settings: str
     ) -> tuple[int, str]:
-        """Start the job, wait until its workers listen, send the signal to the job script."""
+        """Start the job, wait until its workers are there, send the signal to the job script or to its whole group."""
         process = self.start(job, **settings)
         self.await_workers(hosts)
-        process.send_signal(number)
+        (os.killpg if group else os.kill)(process.pid, number)
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
@@ -273,9 +290,16 @@ def test_a_run_that_saves_nothing_new_is_not_started_again(cluster):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_the_local_script_with_0(cluster, number):
     cluster.plan("wait 2", "save 4")
-    code, output = cluster.interrupt("local", number)
+    code, output = cluster.interrupt("local", number, group=number == signal.SIGINT)  # as Ctrl-C sends it
     assert (code, cluster.saved(), len(cluster.runs())) == (0, [2], 1), output
     assert "start it again to go on" in output
+
+
+@pytest.mark.parametrize("worker", ["late", "slow"])
+def test_a_worker_that_starts_or_ends_is_not_killed_by_the_signal(cluster, worker):
+    cluster.plan(f"{worker} 2")
+    code, output = cluster.interrupt("local", signal.SIGTERM)
+    assert (code, cluster.saved()) == (0, [2]), output
 
 
 def test_a_signal_in_the_last_phases_last_step_ends_with_everything_finished(cluster):
@@ -387,9 +411,14 @@ def two_machines(cluster: Cluster, alpha: str, beta: str) -> None:
     cluster.plan(beta, host="beta")
 
 
-def test_ssh_stops_every_machine_at_a_signal(cluster):
+@pytest.mark.parametrize(
+    "number,group",
+    [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    ids=["TERM", "USR1", "TERM to the group", "Ctrl-C"],
+)
+def test_ssh_stops_every_machine_at_a_signal(cluster, number, group):
     two_machines(cluster, "wait 2", "wait 3")
-    code, output = cluster.interrupt("ssh", signal.SIGTERM, hosts=("alpha", "beta"))
+    code, output = cluster.interrupt("ssh", number, hosts=("alpha", "beta"), group=group)
     assert (code, cluster.saved(), len(cluster.runs())) == (0, [2, 3], 2), output
     assert "Killed" not in output
 

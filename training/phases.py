@@ -84,7 +84,7 @@ def check_same_start(world: World, start: Start, checkpoint_dir: Path, samples: 
     error = None
     if any(view != views[0] for view in views):
         error = UsageError(
-            "--output_dir, --input_dir: ranks see different checkpoints or data there; give folders that all nodes share"
+            "--output_dir, --input_dir: the ranks do not see the same files there; give folders that all nodes share"
         )
     elif tuple(saved_steps(checkpoint_dir)) != start.seen:
         error = UsageError(
