@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from pretraining_runs import (
 )
 from shard_factory import write_arrays, write_premasked_shard, write_shard
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from training.hf_folders import save_hf_folder
 
 SPOKEN = "run_pretraining.py: error: "
@@ -483,6 +484,43 @@ def test_adapters_of_the_checkpoint_cannot_go_or_change(files, whole_run, tmp_pa
     refused(files.flags(tmp_path / "out", init_checkpoint=init, **changes), tmp_path / "out", *words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, ("--seed 7", "42")),
+        ({"masked_token_fraction": 0.5}, ("--masked_token_fraction 0.5", "0.2")),
+        ({"max_predictions_per_seq": 3}, ("--max_predictions_per_seq 3", "4")),
+    ],
+)
+def test_the_data_may_not_change_in_the_middle_of_a_phase(files, half_way, changes, words):
+    refused(files.flags(half_way, **changes), half_way, *words)
+
+
+def test_a_run_that_diverges_ends_and_keeps_its_last_good_checkpoint(files, tmp_path):
+    flags = files.flags(tmp_path, optimizer="sgd", learning_rate=1e30, lr_decay="constant", num_steps_per_checkpoint=1)
+    ended = begin_run(flags).finish()
+    assert ended.code == 2
+    (line,) = [line for line in ended.stderr.splitlines() if "error:" in line]
+    assert "--learning_rate 1e+30" in line and "not finite" in line
+    for step in saved_steps(tmp_path / "pretrain_ckpts"):
+        model = load_checkpoint(tmp_path / "pretrain_ckpts" / f"ckpt_{step}.pt")["model"]
+        assert all(torch.isfinite(tensor.float()).all() for tensor in model.values())
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(files, half_way, tmp_path):
+    shutil.copytree(half_way, tmp_path / "here")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        Run(files.flags(tmp_path / folder), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, [])
+        for rank, folder in enumerate(("here", "elsewhere"))
+    ]
+    ended = [rank.finish() for rank in ranks]
+    assert [end.code for end in ended] == [2, 2]
+    assert "folders that all nodes share" in ended[0].stderr and "error:" not in ended[1].stderr
+
+
 WRONG_NETWORKS = [
     ({"hidden_size": 32}, "hidden_size 16"),
     ({"num_hidden_layers": 1}, "num_hidden_layers 2"),
@@ -491,7 +529,8 @@ WRONG_NETWORKS = [
     ({"intermediate_size": 64}, "intermediate_size 32"),
     ({"hidden_act": "relu"}, "hidden_act gelu"),
     ({"max_position_embeddings": 32}, "max_position_embeddings 16"),
-    ({"vocab_size": 99}, "word_embeddings"),
+    ({"vocab_size": 99}, "vocab_size 61"),
+    ({"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-12"),
 ]
 
 

@@ -19,6 +19,7 @@ from training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
+    remove_unfinished_checkpoints,
     save_checkpoint,
     saved_steps,
 )
@@ -63,8 +64,8 @@ def test_what_a_checkpoint_says_of_its_run(whole_run):
     assert {"format_version", "model", "optimizer", "scaler", "data", "sparsity", "model_config", "arguments"} < set(
         state
     )
-    assert (state["step"], state["phase_start"], state["phase_end"]) == (20, 0, 20)
-    assert state["data"] == {"samples": 20 * 12}
+    assert (state["step"], state["phase_start"]) == (20, 0)
+    assert state["data"] == {"samples": 20 * 12, "total": 63}
     assert state["sparsity"]["pruned_matrix"] == "static-weight" and state["sparsity"]["lora_rank"] == 4
     assert state["arguments"]["learning_rate"] == 4e-3 and state["arguments"]["seed"] == 42
     assert state["model_config"]["hidden_size"] == 16
@@ -209,9 +210,23 @@ def test_the_newest_that_verifies(tmp_path):
 def test_old_checkpoints_go_but_never_the_last_of_a_phase(tmp_path):
     for step in (1, 2, 3, 4, 5, 6, 7, 8):
         save_checkpoint(checkpoint_path(tmp_path, step), small_state(step))
-    remove_old_checkpoints(tmp_path, keep=2, phase_start=4, phase_end=9)
+    remove_old_checkpoints(tmp_path, keep=2, phase_start=4, newest=8)
     assert saved_steps(tmp_path) == [1, 2, 3, 4, 7, 8]
-    remove_old_checkpoints(tmp_path, keep=3, phase_start=0, phase_end=4)
+    remove_old_checkpoints(tmp_path, keep=3, phase_start=0, newest=4)
     assert saved_steps(tmp_path) == [2, 3, 4, 7, 8]
-    remove_old_checkpoints(tmp_path, keep=5, phase_start=4, phase_end=9)
+    remove_old_checkpoints(tmp_path, keep=5, phase_start=4, newest=8)
     assert saved_steps(tmp_path) == [2, 3, 4, 7, 8]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_saved(tmp_path):
+    for step in (1, 2, 5):  # 5 was found damaged when the run went on after 1
+        save_checkpoint(checkpoint_path(tmp_path, step), small_state(step))
+    remove_old_checkpoints(tmp_path, keep=1, phase_start=0, newest=2)
+    assert saved_steps(tmp_path) == [2, 5]
+
+
+def test_what_a_killed_save_left_goes(tmp_path):
+    save_checkpoint(checkpoint_path(tmp_path, 1), small_state(1))
+    (tmp_path / "ckpt_2.tmp").write_bytes(b"half")
+    remove_unfinished_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_1.pt"]

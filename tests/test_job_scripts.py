@@ -3,6 +3,7 @@
 A stub writes down how it was called and then does what the test planned for that call.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,8 +23,8 @@ JOBS = {name: f"run_pretraining_jobs_{name}.sh" for name in ("local", "slurm", "
 PHASE_STEPS = {1: (0, 4), 2: (4, 3), 3: (7, 2)}  # previous_phase_end_step, max_steps: they end at 4, 7 and 9
 
 TORCHRUN = """#!{python} -SE
-# Plans: "save STEP", "fail CODE", "nothing", and with a worker that saves STEP at USR1: "wait STEP", "late STEP" (listens
-# after 3 s only), "slow STEP" (takes 3 s to end and does not listen then); "deaf" (a worker that never ends)
+# Plans: "save STEP", "fail CODE", "nothing", and with a worker that saves STEP at USR1: "wait STEP", "late STEP" (it
+# listens after 3 s only), "slow STEP" (it takes 3 s to end and does not listen then); "deaf" (a worker that never ends)
 import fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Cluster:
 
     def __init__(self, home: Path):
         self.home, self.repository, self.output = home, home / "repository", home / "out put"
+        self.started: list[subprocess.Popen] = []
         shutil.copytree(ROOT / "scripts", self.repository / "scripts")
         (self.repository / "run_pretraining.py").touch()
         (self.repository / "config").mkdir()
@@ -121,7 +123,7 @@ class Cluster:
             slurm = {"SUBMIT_DIR": self.repository, "JOB_ID": "77", "JOB_NUM_NODES": 2, "JOB_NODELIST": "node[1-2]"}
             environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
             environment["SLURM_CPUS_PER_TASK"] = "16"
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", self.repository / "scripts" / JOBS[job]],
             cwd=self.home,
             env=environment | settings,
@@ -131,6 +133,18 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        self.started.append(process)
+        return process
+
+    def clean_up(self) -> None:
+        """End what a failed test has left: the jobs' process groups and each torchrun's own."""
+        groups = [process.pid for process in self.started]
+        groups += [int(path.read_text() or 0) for path in self.home.glob("ready*")]
+        for group in filter(None, groups):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
 
     def run(self, job: str, **settings: str) -> tuple[int, str]:
         process = self.start(job, **settings)
@@ -176,7 +190,9 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path):
-    return Cluster(tmp_path)
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.clean_up()
 
 
 # ---------------------------------------------------------------- the phases

@@ -63,6 +63,8 @@ def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(files, whole_r
     run(files.flags(tmp_path))
     assert losses(tmp_path) == losses(whole_run)
     assert [row["average_loss"] for row in metrics(tmp_path)] == [row["average_loss"] for row in metrics(whole_run)]
+    steps = [line["step"][0] for line in json_lines(tmp_path / "logfile.json") if line["step"] != "PARAMETER"]
+    assert steps == list(range(1, 21))  # each step once
 
 
 def test_rows_that_a_crash_cut_or_garbled_are_dropped(tmp_path):
