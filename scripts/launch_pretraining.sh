@@ -187,6 +187,7 @@ stop_workers() { # PID of torchrun
     local -A told=()
     trap '' TERM INT HUP
     for ((waited = 0; waited < STOP_GRACE; waited++)); do
+        kill -0 "$1" 2> /dev/null || return 0
         for worker in $(pgrep -P "$1"); do
             if [[ -z ${told[$worker]:-} ]] && listens "$worker"; then
                 told[$worker]=1
@@ -208,7 +209,8 @@ obey_input() { # PID of this script
 
 save_and_stop() {
     INTERRUPTED=1
-    [[ ${#HELPERS[@]} == 0 && -n $RUN_PID ]] || return 0
+    [[ -n $RUN_PID ]] || return 0
+    ((STOPPING++ == 0)) || return 0 # asked and set in one command: a second signal may interrupt this function
     stop_workers "$RUN_PID" > /dev/null 2>&1 &
     HELPERS+=($!)
     disown # its end is no news
@@ -225,7 +227,7 @@ run_phase() { # PHASE
     pretraining_flags "$1"
     cd "$REPOSITORY" # the config files name the model's file from here
 
-    RUN_PID="" INTERRUPTED="" HELPERS=()
+    RUN_PID="" INTERRUPTED="" STOPPING=0 HELPERS=()
     trap save_and_stop TERM USR1 INT HUP
     trap 'INTERRUPTED=1; kill -KILL "$RUN_PID"' USR2
     # In a session of its own and deaf to USR1: a signal to this script's group or SLURM step must not end torchrun.

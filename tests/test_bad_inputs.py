@@ -357,12 +357,12 @@ def spoil_later_shard(folder: Path) -> None:
         file["input_ids"][0, 1] = VOCAB_SIZE
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_later_shard_found_wrong_while_training(files, tmp_path, ranks, workers):
-    """With two ranks one of them alone meets the sample; both end, and the first rank says why."""
+@pytest.mark.parametrize(("ranks", "workers", "seed"), [(1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 0, 3), (2, 1, 3)])
+def test_a_later_shard_found_wrong_while_training(files, tmp_path, ranks, workers, seed):
+    """Of two ranks one alone meets the sample, by seed 0 the first, by seed 3 the second; both end, the first speaks."""
     spoil_later_shard(tmp_path / "shards")
-    flags = files.flags(tmp_path / "out", input_dir=tmp_path / "shards", num_workers=workers, global_batch_size=4)
+    changes = {"num_workers": workers, "seed": seed, "global_batch_size": 4, "local_batch_size": 2}
+    flags = files.flags(tmp_path / "out", input_dir=tmp_path / "shards", **changes)
     ended = [rank.finish() for rank in begin_ranks(flags, ranks)]
     assert [end.code for end in ended] == [2] * ranks, ended
     said = [line for end in ended for line in end.stderr.splitlines() if SPOKEN in line]

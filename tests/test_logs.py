@@ -44,6 +44,11 @@ def test_what_the_columns_say(whole_run):
         assert float(row["sequences_per_second"]) > 0 and float(row["tokens_per_second"]) > 0
 
 
+def test_an_epoch_ends_with_its_last_sample(files, tmp_path):
+    run(files.flags(tmp_path, global_batch_size=63, local_batch_size=21, max_steps=2))
+    assert [row["epoch"] for row in metrics(tmp_path)] == ["0", "1"]
+
+
 def test_numbers_are_at_full_precision(whole_run):
     for row in metrics(whole_run):
         for name in ("step_loss", "average_loss", "learning_rate"):

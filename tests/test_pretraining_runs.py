@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -34,7 +35,7 @@ from optimization import learning_rate
 from run_pretraining import Counts
 from sparse_ops import SparseLinear, named_layers
 from training.assembly import build_pretraining_model
-from training.checkpoint import load_checkpoint, saved_steps
+from training.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from training.hf_folders import save_hf_folder
 
 
@@ -395,6 +396,18 @@ def test_fp16_on_a_cpu_runs_and_names_the_fast_one(files, tmp_path):
     assert checkpoint(tmp_path, 1)["arguments"]["precision"] == "fp16"
 
 
+def test_the_loss_scale_is_resumed(files, tmp_path):
+    flags = files.flags(tmp_path, precision="fp16")
+    dies_after(7, flags)
+    path = tmp_path / "pretrain_ckpts" / "ckpt_5.pt"
+    state = load_checkpoint(path)
+    assert state["scaler"]["scale"] == 65536 and state["scaler"]["_growth_tracker"] == 5
+    state["scaler"]["scale"] = 1024.0
+    save_checkpoint(path, state)
+    scaler = assembled(flags).engine.scaler
+    assert scaler.get_scale() == 1024 and scaler.state_dict()["_growth_tracker"] == 5
+
+
 def test_the_command_line_wins_over_the_config_file(files, tmp_path):
     config = {"max_steps": 9, "seed": 5, "fp16": True, "log_prefix": "phase1_log"}
     (tmp_path / "phase.json").write_text(json.dumps(config | {"kfac": False, "kfac_inv_interval": 10}))
@@ -456,6 +469,26 @@ def test_heldout_loss_and_accuracy_are_those_of_the_saved_model(files, whole_run
     row = metrics(whole_run)[-1]
     assert float(row["heldout_mlm_loss"]) == pytest.approx(total / count, rel=1e-5)
     assert float(row["heldout_mlm_accuracy"]) == correct / count
+
+
+def test_dropout_depends_on_step_micro_step_and_rank(files, tmp_path):
+    begun = assembled(files.flags(tmp_path, pruned_matrix="none", add_lora="False"))
+    begun.engine.connect()
+    begun.engine.step = lambda rate: None
+    counts = Counts(masked_tokens=6, sentence_labels=3, tokens=0)
+
+    def losses_of(step: int, rank: int, micro_step: int) -> tuple[float, float]:
+        begun.world = dataclasses.replace(begun.world, rank=rank)
+        rows = uneven_batch().items()
+        batch = {name: tensor[:1].expand(micro_step + 1, *tensor.shape[1:]) for name, tensor in rows}
+        return begun.take_step(step, batch, counts, rate=0.0)
+
+    first = losses_of(step=1, rank=0, micro_step=0)
+    assert losses_of(step=1, rank=0, micro_step=0) == first
+    assert losses_of(step=2, rank=0, micro_step=0) != first
+    assert losses_of(step=1, rank=1, micro_step=0) != first
+    twice = losses_of(step=1, rank=0, micro_step=1)  # the same samples once more
+    assert twice[0] != pytest.approx(2 * first[0], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss
