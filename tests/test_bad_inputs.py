@@ -359,7 +359,7 @@ def spoil_later_shard(folder: Path) -> None:
 
 @pytest.mark.parametrize(("ranks", "workers", "seed"), [(1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 0, 3), (2, 1, 3)])
 def test_a_later_shard_found_wrong_while_training(files, tmp_path, ranks, workers, seed):
-    """Of two ranks one alone meets the sample, by seed 0 the first, by seed 3 the second; both end, the first speaks."""
+    """Of two ranks one alone meets the sample, by seed 0 the first, by seed 3 the second; both end, rank 0 speaks."""
     spoil_later_shard(tmp_path / "shards")
     changes = {"num_workers": workers, "seed": seed, "global_batch_size": 4, "local_batch_size": 2}
     flags = files.flags(tmp_path / "out", input_dir=tmp_path / "shards", **changes)
