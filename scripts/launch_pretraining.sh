@@ -213,7 +213,7 @@ save_and_stop() {
     ((STOPPING++ == 0)) || return 0 # asked and set in one command: a second signal may interrupt this function
     stop_workers "$RUN_PID" > /dev/null 2>&1 &
     HELPERS+=($!)
-    disown # its end is no news
+    disown "$!" || true # its end is no news
 }
 
 run_phase() { # PHASE
@@ -239,7 +239,7 @@ run_phase() { # PHASE
         exec 3<&0
         obey_input $$ <&3 > /dev/null 2>&1 &
         WATCHER=$!
-        disown
+        disown "$!" || true
     fi
 
     wait_for "$RUN_PID" || code=$?

@@ -27,7 +27,7 @@ from pretraining_runs import (
 )
 
 from training.checkpoint import load_checkpoint, saved_steps
-from training.distributed import process_group, sum_over_ranks
+from training.distributed import process_group
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
@@ -159,12 +159,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(files, tmp_path, numbe
 
 
 def free_ddp_after_its_group(flags: list[str]) -> None:
-    """Called in each rank in place of a run. The interpreter's lock stays where it is unless a call lets go of it."""
+    """Called in each rank in place of a run: the group's threads have many tensors to let go of when it ends."""
     begun = assembled(flags)
-    sys.setswitchinterval(1000)
+    sys.setswitchinterval(1000)  # the interpreter's lock stays where it is unless a call lets go of it
     with process_group(begun.world):
         begun.engine.connect()
-        sum_over_ranks(begun.world, [1.0])
+        for _ in range(500):
+            torch.distributed.all_reduce(torch.ones(1), async_op=True)
     begun.engine.parallel = None
     sys.exit(0)
 
