@@ -36,6 +36,7 @@ MODEL = {
     "max_position_embeddings": LENGTH,
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SPOKEN = "run_pretraining.py: error: "  # how its one line begins
 TIMEOUT = 120  # seconds; a run takes about one
 
 
@@ -214,12 +215,38 @@ def _kill_after(step: int) -> None:
     Logger.step = log_and_die
 
 
+def dies_after(step: int, flags: list[str]) -> None:
+    """Run, and be killed once `step` is in the logs."""
+    ended = begin_run(flags, kill_after(step)).finish()
+    assert ended.code == -signal.SIGKILL, ended
+
+
 # -------------------------------------------------------------------------------------------------------------- results
 def snapshot(folder: Path) -> dict[str, bytes] | None:
     """Every file below a folder with its content; None where there is no folder."""
     if not folder.is_dir():
         return None
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(flags: list[str], output: Path, *words: str) -> str:
+    """Assert that the run is refused in one line with these words, and changes nothing; returns the line."""
+    before = snapshot(output)
+    ended = begin_run(flags).finish()
+    assert ended.code == 2, ended
+    assert ended.stdout == ""
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(SPOKEN), ended.stderr
+    for word in words:
+        assert word in lines[0]
+    assert snapshot(output) == before
+    return lines[0]
+
+
+def checkpoint(output: Path, step: int) -> dict:
+    from training.checkpoint import load_checkpoint
+
+    return load_checkpoint(output / "pretrain_ckpts" / f"ckpt_{step}.pt")
 
 
 def metrics(output: Path, prefix: str = "logfile") -> list[dict[str, str]]:
