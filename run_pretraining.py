@@ -122,6 +122,12 @@ def parse_arguments(argv: list[str] | None = None):
     )
     optimizer.add_argument("--max_grad_norm", default=1.0, type=real(0), help="clip the global gradient norm to this")
     add_precision_flags(optimizer)
+    optimizer.add_argument(
+        "--gradient_communication",
+        default="fp32",
+        choices=("fp32", "bf16"),
+        help="what gradients are averaged over processes in; bf16 halves the bytes and rounds to 8 significant bits",
+    )
     add_switch(optimizer, "--checkpoint_activations", "recompute activations in the backward pass, to save memory")
     sparsity = add_sparsity_flags(parser, add_lora_words=("True", "False", "lazy"))
     sparsity.add_argument(
@@ -252,7 +258,8 @@ class PretrainingRun:
             heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, heldout.files[0].parent)
             self.heldout_masking = self.masking | {"mask_token_id": heldout_mask, "seed": HELDOUT_SEED}
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
-        self.engine = Engine(model, world, args)
+        self.notes: list[str] = []  # what the log begins with, besides the run's description
+        self.engine = Engine(model, world, args, self.local_batch_size * shards.sequence_length, self.notes.append)
         self.adapter_step = adapter_step(args, start, bool(sparsity.lora_rank))
         self.step, self.samples, self.loss_total = start.step, 0, 0.0
         self.saved_step = None if start.checkpoint is None else start.step
@@ -329,6 +336,8 @@ class PretrainingRun:
         if self.sparsity.sparse:
             layers = len(named_layers(self.engine.model, AdaptedLinear))
             logger.text(f"{self.sparsity.pruned_matrix}: {layers} linear layers pruned")
+        for note in self.notes:
+            logger.text(note)
         report = sparsity_report(self.engine.model)
         if report.layers:
             logger.text(f"density of W^R {report.forward_density:.4f}, of W^(R,C) {report.backward_density:.4f}")
@@ -339,13 +348,17 @@ class PretrainingRun:
         if self.args.precision == "fp16" and self.world.device.type == "cpu":
             logger.text("--fp16 runs as asked, slowly on a CPU: --precision bf16 is the fast one here")
 
+    @property
+    def local_batch_size(self) -> int:
+        at_most = math.ceil(self.args.global_batch_size / self.world.size)  # more would be padding alone
+        return min(self.args.local_batch_size, at_most)
+
     def training_steps(self) -> StepDataset:
         """The steps that are left."""
-        at_most = math.ceil(self.args.global_batch_size / self.world.size)  # more would be padding alone
         return StepDataset(
             self.shards,
             global_batch_size=self.args.global_batch_size,
-            local_batch_size=min(self.args.local_batch_size, at_most),
+            local_batch_size=self.local_batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
             steps=self.start.phase_end - self.step,

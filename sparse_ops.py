@@ -140,37 +140,57 @@ class SlopeProduct(torch.autograd.Function):
 class DenseOperands(nn.Module):
     """W^R and W^{R,C} as dense matrices with zeros: any device, any pattern, either reduction dimension.
 
-    A backend is a class with this interface: `reset()` after the mask changed, `refresh(layer)` to rebuild what its
-    products read, in place and in fixed storage, and `forward(x, layer)` for the products with their gradients.
+    A backend is a class with this interface. All its tensors are non-persistent buffers in fixed storage, since
+    captured CUDA graphs keep their addresses. kernels/backends.py has those for sparse tensor cores.
     """
 
-    def __init__(self, layer: "SparseLinear"):
+    def __init__(self, layer: "SparseLinear", dtype: torch.dtype | None = None):
         super().__init__()
-        stored = torch.zeros(layer.stored_shape, dtype=layer.values.dtype, device=layer.values.device)
-        self.register_buffer("w_forward", stored, persistent=False)
-        self.register_buffer("w_backward", torch.zeros_like(stored), persistent=False)
+        dtype, device = dtype or layer.values.dtype, layer.values.device
+        for name in ("w_forward", "w_backward"):
+            stored = torch.zeros(layer.stored_shape, dtype=dtype, device=device)
+            self.register_buffer(name, stored, persistent=False)
+        self.register_buffer("index", None, persistent=False)
+        self.register_buffer("second", None, persistent=False)
+        self.reset(layer)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.w_forward.dtype
 
-    def reset(self) -> None:
+    def reset(self, layer: "SparseLinear") -> None:
+        """The mask is another one; `refresh` with `rechoose` follows."""
+        index = layer.stored_mask().flatten().nonzero().flatten()  # row-major places of the values, int64
+        self.index = index if self.index is None else self.index.copy_(index)
         self.w_forward.zero_()
         self.w_backward.zero_()
 
-    def refresh(self, layer: "SparseLinear") -> None:
+    def refresh(self, layer: "SparseLinear", rechoose: bool) -> None:
+        """Rebuild in place what the products read; with `rechoose`, choose W^{R,C} anew from the values' magnitudes."""
         values = layer.values.detach()
-        self.w_forward.view(-1)[layer.index] = values.flatten().to(self.dtype)
-        self.w_backward.view(-1)[layer.index] = layer.second_pruned(values).flatten().to(self.dtype)
+        if rechoose and layer.m is not None:
+            second = double_prune_mask(layer.expand(values), layer.stored_mask(), N, layer.m, dim=0)
+            self.set_second_kept(layer, second.flatten()[self.index].view(values.shape))
+        self.w_forward.view(-1)[self.index] = values.flatten().to(self.dtype)
+        twice = values if self.second is None else torch.where(self.second, values, 0.0)
+        self.w_backward.view(-1)[self.index] = twice.flatten().to(self.dtype)
+
+    def second_kept(self, layer: "SparseLinear") -> Tensor | None:
+        """The values that W^{R,C} keeps, bool in the shape of the values; None where there is no second pruning."""
+        return self.second
+
+    def set_second_kept(self, layer: "SparseLinear", kept: Tensor) -> None:
+        """An earlier choice of W^{R,C}; `refresh` without `rechoose` follows."""
+        self.second = kept if self.second is None else self.second.copy_(kept)
 
     def forward(self, x: Tensor, layer: "SparseLinear") -> Tensor:
+        """X [..., in] -> Y [..., out] in the operands' dtype, with bias and adapters."""
+        x = x.to(self.dtype)
         w_forward, w_backward = self.w_forward, self.w_backward
         if not layer.by_input:
             w_forward, w_backward = w_forward.t(), w_backward.t()
-        return SlopeProduct.apply(x, layer.values, w_forward, w_backward, layer.index, layer.by_input)
-
-
-BACKENDS = {"dense": DenseOperands}
+        y = SlopeProduct.apply(x, layer.values, w_forward, w_backward, self.index, layer.by_input)
+        return layer.finish(y, x)
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
@@ -224,7 +244,7 @@ class SparseLinear(AdaptedLinear):
         reduction_dim: True when the groups of `mask` run along the input dimension.
     """
 
-    def __init__(self, linear: nn.Linear, mask: Tensor, m: int | None, reduction_dim: bool = True, backend="dense"):
+    def __init__(self, linear: nn.Linear, mask: Tensor, m: int | None, reduction_dim: bool = True):
         super().__init__(linear.in_features, linear.out_features)
         self.m, self.by_input = m, reduction_dim or m is None
         weight, mask = linear.weight.detach(), mask.to(linear.weight.device)
@@ -233,65 +253,64 @@ class SparseLinear(AdaptedLinear):
         self.values = nn.Parameter(stored[stored_mask].view(self._values_shape(stored_mask)).clone())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
         self.register_buffer("mask_bits", pack_bits(stored_mask))
-        self.register_buffer("second_kept", None, persistent=False)
-        self.register_buffer("index", self._index(), persistent=False)
-        self.operands = BACKENDS[backend](self)
         self.register_load_state_dict_post_hook(SparseLinear._after_load)
-        self.refresh(rechoose=True)
+        self.set_operands(DenseOperands(self))
 
     def _values_shape(self, stored_mask: Tensor) -> tuple[int, ...]:
         rows, columns = self.stored_shape
         return (int(stored_mask.sum()),) if self.m is None else (rows, columns * N // self.m)
 
-    def _index(self) -> Tensor:
-        """Row-major positions of the values in the stored matrix, int64 [values.numel()]."""
-        return unpack_bits(self.mask_bits, self.stored_shape).flatten().nonzero().flatten()
+    def stored_mask(self) -> Tensor:
+        """The kept positions of the stored matrix: [out, in], or its transpose for N:M along the output."""
+        return unpack_bits(self.mask_bits, self.stored_shape)
 
     def mask(self) -> Tensor:
         """The kept positions, bool [out, in]."""
-        mask = unpack_bits(self.mask_bits, self.stored_shape)
-        return mask if self.by_input else mask.t()
+        return self.stored_mask() if self.by_input else self.stored_mask().t()
 
     def expand(self, values: Tensor) -> Tensor:
         """Values in their places of the stored matrix, zeros elsewhere."""
         stored = torch.zeros(self.stored_shape, dtype=values.dtype, device=values.device)
-        stored.view(-1)[self.index] = values.flatten()
-        return stored
+        return stored.masked_scatter_(self.stored_mask(), values)
 
-    def second_pruned(self, values: Tensor) -> Tensor:
-        """The values of W^{R,C}: zero where the second pruning drops them."""
-        return values if self.second_kept is None else torch.where(self.second_kept, values, 0.0)
+    @property
+    def second_kept(self) -> Tensor | None:
+        """The values that W^{R,C} keeps, bool in the shape of the values; None where there is no second pruning."""
+        return self.operands.second_kept(self)
 
     def dense_weight(self, double_pruned: bool = False) -> Tensor:
         """W^R, or W^{R,C}, as a dense matrix [out, in]."""
-        values = self.values.detach()
-        stored = self.expand(self.second_pruned(values) if double_pruned else values)
+        values, kept = self.values.detach(), self.second_kept if double_pruned else None
+        stored = self.expand(values if kept is None else torch.where(kept, values, 0.0))
         return stored if self.by_input else stored.t()
+
+    def set_operands(self, operands: nn.Module) -> None:
+        """Let another backend run the products; W^{R,C} is chosen anew."""
+        self.operands = operands
+        self.refresh(rechoose=True)
 
     @torch.no_grad()
     def refresh(self, rechoose: bool) -> None:
         """Rebuild the operands from the values; with `rechoose`, choose W^{R,C} anew from their magnitudes."""
-        if rechoose and self.m is not None:
-            stored_mask = unpack_bits(self.mask_bits, self.stored_shape)
-            second = double_prune_mask(self.expand(self.values.detach()), stored_mask, N, self.m, dim=0)
-            self.second_kept = second.flatten()[self.index].view(self.values.shape)
-        self.operands.refresh(self)
+        self.operands.refresh(self, rechoose)
+
+    @torch.no_grad()
+    def set_second_kept(self, kept: Tensor) -> None:
+        """Go on with an earlier choice of W^{R,C}, bool in the shape of the values."""
+        self.operands.set_second_kept(self, kept)
+        self.refresh(rechoose=False)
 
     @staticmethod
     def _after_load(layer: "SparseLinear", incompatible_keys) -> None:
-        index = layer._index()
-        if index.numel() != layer.values.numel():
-            raise UsageError(
-                f"the checkpoint's mask keeps {index.numel()} weights of a layer that holds {layer.values.numel()}"
-            )
-        layer.index.copy_(index)
-        layer.operands.reset()
+        kept = int(layer.stored_mask().sum())
+        if kept != layer.values.numel():
+            raise UsageError(f"the checkpoint's mask keeps {kept} weights of a layer that holds {layer.values.numel()}")
+        layer.operands.reset(layer)
         layer.refresh(rechoose=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in] -> Y [..., out], in the operands' dtype."""
-        x = x.to(self.operands.dtype)
-        return self.finish(self.operands(x, self), x)
+        return self.operands(x, self)
 
     def add_adapters(self, rank: int, generator: torch.Generator) -> None:
         super().add_adapters(rank, generator)
@@ -467,5 +486,4 @@ class OperandRefresh:
         for name, layer in named_layers(self.model):
             if name in state["second_masks"]:
                 bits = state["second_masks"][name].to(layer.mask_bits.device)
-                layer.second_kept = unpack_bits(bits, layer.values.shape)
-                layer.refresh(rechoose=False)
+                layer.set_second_kept(unpack_bits(bits, layer.values.shape))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests that need a CUDA device (tests/test_gpu*.py), on this machine's Python (PYTHON, default python3), which must have a CUDA build of
-# torch 2.11 or later beside h5py, pytest, tqdm and tensorboard. Installs nothing.
+# The tests that need a CUDA device (tests/test_gpu*.py), on this machine's Python (PYTHON, default python3), which must
+# have a CUDA build of torch 2.11 or later beside h5py, pytest, tqdm and tensorboard. Installs nothing; the kernels are
+# compiled at first use.
 # Usage: bash scripts/test_gpu.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

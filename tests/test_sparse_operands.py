@@ -73,7 +73,7 @@ def test_refresh_writes_into_fixed_storage(case):
     layer, _, _ = make_layer(case)
     saved, _, _ = make_layer(case, seed=1)
     places = [buffer.data_ptr() for buffer in layer.operands.buffers()]
-    assert len(places) == 2
+    assert len(places) == 4, "two operands, the places of their values, and which of these W^{R,C} keeps"
     layer.refresh(rechoose=True)
     layer.load_state_dict(saved.state_dict())
     add_adapters(layer, rank=2, seed=0)

@@ -22,6 +22,7 @@ LEAVE_SECONDS = 30.0
 # A thread of the process group frees the last collective's tensors, for which it needs the interpreter's lock. Were it
 # still waiting for that when this process ends, the process would hang, or abort.
 SETTLE_SECONDS = 0.1
+_LAUNCHER = os.getppid()  # as this process began
 
 # Held to the end of the process. Else DDP would be the last to hold a group, and would wait for its threads with the
 # interpreter's lock taken, which one of those may be waiting for to let go of a tensor.
@@ -112,22 +113,28 @@ def leave_together() -> None:
 
     A launcher that sees one rank fail ends the others at once: also one that has yet to say what is wrong, and it
     would report that signal instead of their exit code. Works without a process group. A rank that found nothing wrong
-    never comes; then the launcher ends it once this one has gone.
+    never comes; then the launcher ends it once this one has gone. A launcher that would start the ranks again
+    (`--max_restarts`) is ended too, by one rank of each node: they would only find the same error.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    key = f"usage_errors/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    key = f"usage_errors/{attempt}"
     deadline = time.monotonic() + LEAVE_SECONDS
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, timeout=timedelta(seconds=LEAVE_SECONDS))
+        first_of_node = store.add(f"{key}/of_node/{os.environ.get('GROUP_RANK', 0)}", 1) == 1
         arrived = store.add(key, 1)
         while arrived < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
             time.sleep(0.05)
             arrived = store.add(key, 0)
     except dist.DistError:
         return  # the launcher is gone
+    would_retry = attempt < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if would_retry and first_of_node and os.getppid() == _LAUNCHER:
+        os.kill(_LAUNCHER, signal.SIGTERM)
 
 
 def sum_over_ranks(world: World, values: list[float]) -> list[float]:
@@ -137,6 +144,17 @@ def sum_over_ranks(world: World, values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def average_in_bf16(ranks: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook of DDP: the mean over all ranks, added up in bf16 in half the bytes of fp32.
+
+    Gradients are divided before they are rounded, so that each is rounded once and the sum is of their own size. It
+    stands in for torch's `bf16_compress_hook`, which divides after rounding and refuses CPUs.
+    """
+    gradients = bucket.buffer()
+    total = dist.all_reduce(gradients.div_(ranks).bfloat16(), async_op=True).get_future()
+    return total.then(lambda reduced: gradients.copy_(reduced.value()[0]))
 
 
 def gather_objects(world: World, own: object) -> list:

@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels.backends import select_backends
 from optimization import (
     add_adapter_group,
     build_optimizer,
@@ -18,8 +20,8 @@ from optimization import (
     parameter_groups,
     set_learning_rate,
 )
-from sparse_ops import OperandRefresh, add_adapters, set_operand_dtype
-from training.distributed import World
+from sparse_ops import OperandRefresh, add_adapters
+from training.distributed import World, average_in_bf16
 
 # Masks never change, and operands follow from the values. torch 2.13 renamed the argument.
 _BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
@@ -33,13 +35,15 @@ class Engine:
     Args:
         model: already pruned; moved to the world's device.
         args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, max_grad_norm, precision,
-            double_prune_interval`.
+            double_prune_interval, sparse_backend`, and `gradient_communication` where there is such a flag.
+        tokens: of a micro-batch on this rank, about: what the sparse products are tuned for.
+        report: takes a line about what runs the sparse products.
     """
 
-    def __init__(self, model: nn.Module, world: World, args):
+    def __init__(self, model: nn.Module, world: World, args, tokens: int, report: Callable[[str], None]):
         self.model, self.world, self.args = model.to(world.device), world, args
         self.dtype = DTYPES[args.precision]
-        set_operand_dtype(model, self.dtype)
+        select_backends(model, args.sparse_backend, self.dtype, tokens, report)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
@@ -57,6 +61,8 @@ class Engine:
                 **BUFFERS_STAY,
                 gradient_as_bucket_view=True,
             )
+            if getattr(self.args, "gradient_communication", "fp32") == "bf16":  # fine-tuning has none
+                self.parallel.register_comm_hook(self.world.size, average_in_bf16)
 
     def disconnect(self) -> None:
         """Drop what `connect` built. DDP that outlives the process group may hang when it is freed: it then frees the

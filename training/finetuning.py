@@ -93,7 +93,9 @@ class FineTuning:
         )
         if self.notes and not args.do_train:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
-        self.engine = Engine(model, world, args)
+        self.execution: list[str] = []  # what runs the sparse products
+        sequences = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world.size)
+        self.engine = Engine(model, world, args, sequences * args.max_seq_length, self.execution.append)
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 
     def plan(self, total_steps: int) -> None:
@@ -135,7 +137,7 @@ class FineTuning:
 
     def train(self, features: Features, logger: Logger, stop: StopSignal) -> bool:
         """Take the steps that are left. Returns whether the run is finished, and not stopped by a signal."""
-        for line in self.notes:
+        for line in self.notes + self.execution:
             logger.text(line)
         logger.start_bar(1, self.total_steps, done=self.step, disable=self.args.disable_progress_bar)
         self.engine.model.train()

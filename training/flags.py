@@ -43,7 +43,7 @@ def run_door(main: Callable[[], None]) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             line = str(error).replace("\n", " ")
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # under torchrun
             from training.distributed import (
                 leave_together,
             )  # here, since it takes torch, which the data tools do without

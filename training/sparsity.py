@@ -15,6 +15,8 @@ SPELLINGS = {kind: kind for kind in KINDS} | {
     "output-grad-dynamic": "dynamic-output-grad",
 }
 
+SPARSE_BACKENDS = ("auto", "cutlass", "cusparselt", "dense")
+
 
 @dataclass(frozen=True)
 class SparsityConfig:
@@ -141,6 +143,13 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
     )
     group.add_argument(
         "--mask_init", default="magnitude", choices=("magnitude", "random"), help="which weights the fixed mask keeps"
+    )
+    group.add_argument(
+        "--sparse_backend",
+        default="auto",
+        choices=SPARSE_BACKENDS,
+        help="what runs the sparse products: cutlass is this suite's kernels for Hopper GPUs, cusparselt PyTorch's; "
+        "auto is cutlass where that is measured to be faster than dense products, and dense elsewhere",
     )
     group.add_argument(
         "--double_prune_interval",

@@ -1,0 +1,1 @@
+"""The CUDA kernels of the sparse products: sources, formats, build, operators."""

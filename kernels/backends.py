@@ -1,0 +1,247 @@
+"""Backends of `SparseLinear` on sparse tensor cores, and which layer runs on which.
+
+cutlass      our 2:4 GEMM (sparse_gemm.cuh): Hopper; 2:4, 2:8, 2:16, ... along the input, bf16 or fp16
+cusparselt   PyTorch's cuSPARSELt products: compute capability 8.0 and up; 2:4 along the input, bf16 or fp16
+dense        sparse_ops.DenseOperands: everything else
+auto         cutlass where it is measured to be faster than dense execution, dense otherwise
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import autotune, layout
+from kernels.build import KernelsUnavailable
+from kernels.native import DTYPE_CODES, call_operands, loaded
+from kernels.ops import AdaptedProduct, SparseProduct, spread_columns
+from sparse_ops import DenseOperands, N, SparseLinear, named_layers, pack_bits, unpack_bits
+from training.errors import UsageError
+
+RANK_MULTIPLE = 8  # of adapters in the 2:4 product: rows of 2r columns of 2 bytes, 16-byte aligned
+
+
+class CutlassOperands(nn.Module):
+    """W^R and W^{R,C} as 2:4 operands of our GEMM: half the bytes of dense ones, rebuilt by one kernel.
+
+    Interface: `sparse_ops.DenseOperands`. kernels/layout.py describes the arrays. Index data of a 2:4 layer: mask_bits
+    and two metadata, 0.375 byte a dense weight; 0.5 for longer groups.
+    """
+
+    def __init__(self, dtype: torch.dtype, layer: SparseLinear):
+        super().__init__()
+        out, columns, device = layer.out_features, layer.in_features, layer.values.device
+        forward, backward = layout.metadata_shape(out, columns), layout.metadata_shape(columns, out)
+        for name, shape, kind in (
+            ("kept", (out, columns // 2), dtype),
+            ("metadata", forward, torch.int32),
+            ("kept_backward", (columns, out // 2), dtype),
+            ("metadata_backward", backward, torch.int32),
+            ("second", backward if layer.m > 4 else None, torch.int32),
+            ("left_spread", None, dtype),
+            ("left_kept", None, dtype),
+            ("right_spread", None, dtype),
+            ("right_kept", None, dtype),
+        ):
+            empty = None if shape is None else torch.zeros(shape, dtype=kind, device=device)
+            self.register_buffer(name, empty, persistent=False)
+        self.reset(layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kept.dtype
+
+    def reset(self, layer: SparseLinear) -> None:
+        call_operands("forward_metadata", layer.mask_bits, self.metadata, *self._sizes(layer))
+
+    def refresh(self, layer: SparseLinear, rechoose: bool) -> None:
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError(f"2:4 operands must be bfloat16 or float16, not {self.dtype}")
+        if layer.values.dtype is not torch.float32:
+            raise RuntimeError(f"the values of 2:4 operands must be float32, not {layer.values.dtype}")
+        call_operands(
+            "refresh",
+            *(layer.values, layer.mask_bits, self.kept, self.metadata_backward, self.second, self.kept_backward),
+            *(*self._sizes(layer), DTYPE_CODES[self.dtype], int(rechoose)),
+        )
+        if layer.lora_left is not None:
+            self._refresh_adapters(layer)
+
+    def _refresh_adapters(self, layer: SparseLinear) -> None:
+        left, right = layer.lora_left.detach(), layer.lora_right.detach()
+        rank = left.shape[1]
+        width = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+        padded = {"left": F.pad(left, (0, width - rank)), "right": F.pad(right.t() / rank, (0, width - rank))}
+        for side, matrix in padded.items():
+            for name, content in ((f"{side}_kept", matrix), (f"{side}_spread", spread_columns(matrix))):
+                if getattr(self, name) is None:
+                    setattr(self, name, torch.empty(content.shape, dtype=self.dtype, device=content.device))
+                getattr(self, name).copy_(content)
+
+    def second_kept(self, layer: SparseLinear) -> Tensor:
+        bits = torch.empty(layer.values.numel() // 8, dtype=torch.uint8, device=layer.values.device)
+        call_operands("second_bits", *self._second(layer), bits, *self._sizes(layer))
+        return unpack_bits(bits, layer.values.shape)
+
+    def set_second_kept(self, layer: SparseLinear, kept: Tensor) -> None:
+        bits = pack_bits(kept.to(layer.values.device))
+        call_operands("set_second", bits, layer.mask_bits, self.metadata_backward, self.second, *self._sizes(layer))
+
+    def _second(self, layer: SparseLinear) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self.metadata_backward, self.second, layer.mask_bits
+
+    @staticmethod
+    def _sizes(layer: SparseLinear) -> tuple[int, int, int]:
+        return layer.out_features, layer.in_features, layer.m
+
+    def forward(self, x: Tensor, layer: SparseLinear) -> Tensor:
+        x = x.to(self.dtype)
+        operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward)
+        if layer.lora_left is None:
+            return SparseProduct.apply(x, layer.values, layer.bias, *operands, layer.mask_bits, layer.m)
+        adapters = (self.left_spread, self.left_kept, self.right_spread, self.right_kept)
+        parameters = (layer.values, layer.bias, layer.lora_left, layer.lora_right)
+        return AdaptedProduct.apply(x, *parameters, *operands, *adapters, layer.mask_bits, layer.m)
+
+
+class SemiStructuredOperands(DenseOperands):
+    """The forward and input-gradient products by PyTorch's cuSPARSELt calls, on top of the dense operands.
+
+    Kept since users know it. Each call rebuilds its plan on the host (0.35 ms), so it needs CUDA graphs to be usable.
+    """
+
+    def __init__(self, dtype: torch.dtype, layer: SparseLinear):
+        super().__init__(layer, dtype)
+        self.register_buffer("compressed", None, persistent=False)
+        self.register_buffer("compressed_backward", None, persistent=False)
+
+    def refresh(self, layer: SparseLinear, rechoose: bool) -> None:
+        super().refresh(layer, rechoose)
+        for name, dense in (("compressed", self.w_forward), ("compressed_backward", self.w_backward.t().contiguous())):
+            packed = torch._cslt_compress(dense)
+            setattr(self, name, packed if getattr(self, name) is None else getattr(self, name).copy_(packed))
+
+    def forward(self, x: Tensor, layer: SparseLinear) -> Tensor:
+        x = x.to(self.dtype)
+        y = _CusparseltProduct.apply(x, layer.values, self.compressed, self.compressed_backward, self.index)
+        return layer.finish(y, x)
+
+
+class _CusparseltProduct(torch.autograd.Function):
+    """As `sparse_ops.SlopeProduct`, N:M along the input."""
+
+    @staticmethod
+    def forward(ctx, x, values, compressed, compressed_backward, index):
+        ctx.save_for_backward(x, compressed_backward, index)
+        ctx.values_like = (values.shape, values.dtype)
+        return _cslt_product(x, compressed)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, compressed_backward, index = ctx.saved_tensors
+        grad_x = _cslt_product(grad_y, compressed_backward) if ctx.needs_input_grad[0] else None
+        grad_values = None
+        if ctx.needs_input_grad[1]:
+            shape, dtype = ctx.values_like
+            grad_weight = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            grad_values = grad_weight.flatten()[index].view(shape).to(dtype)
+        return grad_x, grad_values, None, None, None
+
+
+def _cslt_product(x: Tensor, compressed: Tensor) -> Tensor:
+    """X W^T as (W X^T)^T. cuSPARSELt wants multiples of 8 tokens."""
+    rows = x.reshape(-1, x.shape[-1])
+    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % 8))
+    y = torch._cslt_sparse_mm(compressed, padded.t()).t()[: rows.shape[0]]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+# -------------------------------------------------------------------------------------------------------------- choice
+def refusal(backend: str, layer: SparseLinear, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run a layer, in a few words; None when it can."""
+    capability = torch.cuda.get_device_capability(layer.values.device) if layer.values.is_cuda else None
+    needed = {"cutlass": (9, 0), "cusparselt": (8, 0)}[backend]
+    if capability is None:
+        return "no CUDA device"
+    if capability < needed or (backend == "cutlass" and capability[0] != 9):
+        needs = "9.x" if backend == "cutlass" else "8.0 or higher"
+        return f"compute capability {capability[0]}.{capability[1]}, not {needs}"
+    if backend == "cusparselt" and not torch.backends.cusparselt.is_available():
+        return "this torch has no cuSPARSELt"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "--precision fp32"
+    if layer.m is None:
+        return "an unstructured mask"
+    if not layer.by_input:
+        return "--reduction_dim False"
+    if backend == "cusparselt" and layer.m != 4:
+        return f"{N}:{layer.m}"
+    multiple = 16 if backend == "cutlass" else 32
+    if layer.in_features % multiple or layer.out_features % multiple:
+        return f"sizes that are no multiples of {multiple}"
+    return None
+
+
+def select_backends(
+    model: nn.Module, backend: str, dtype: torch.dtype, tokens: int, report: Callable[[str], None]
+) -> None:
+    """Give every `SparseLinear` of `model`, which is on its device, the operands that run it from now on.
+
+    Args:
+        backend: one of `training.sparsity.SPARSE_BACKENDS`.
+        tokens: rows of a product, those of a micro-batch: what the kernels are tuned for.
+        report: takes a line about each kind of layer.
+
+    Raises:
+        UsageError: when `backend` is asked for by name and cannot run a layer.
+    """
+    kinds: dict[tuple, list[tuple[str, SparseLinear]]] = {}
+    for name, layer in named_layers(model):
+        kinds.setdefault((layer.out_features, layer.in_features, layer.m, layer.by_input), []).append((name, layer))
+    if backend in ("cutlass", "cusparselt") and not kinds:
+        raise UsageError(
+            f"--sparse_backend {backend}: no layer of this model is pruned by --pruned_matrix static-weight"
+        )
+    for layers in kinds.values():
+        name, first = layers[0]
+        make, remark = _choose(backend, name, first, dtype, tokens)
+        for _, layer in layers:
+            layer.set_operands(make(layer))
+        pattern = "unstructured" if first.m is None else f"{N}:{first.m}"
+        report(f"{len(layers)} sparse layers {first.in_features} -> {first.out_features}, {pattern}: {remark}")
+
+
+def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, tokens: int):
+    """The maker of a layer's operands, and what the log says of it."""
+    dense = partial(DenseOperands, dtype=dtype)
+    if backend == "dense":
+        return dense, "dense products"
+    wanted = "cutlass" if backend == "auto" else backend
+    reason = refusal(wanted, layer, dtype)
+    try:
+        if reason is None and wanted == "cutlass":
+            loaded("operands")
+            ratios = _measured_ratios(layer, dtype, tokens)
+    except KernelsUnavailable as error:
+        reason = str(error)
+    if reason is not None:
+        if backend != "auto":
+            raise UsageError(f"--sparse_backend {backend} cannot run {name}: {reason}")
+        return dense, f"dense products ({reason})"
+    if wanted == "cusparselt":
+        return partial(SemiStructuredOperands, dtype), "cuSPARSELt"
+    both = len(ratios) / sum(1 / ratio for ratio in ratios)  # the two dense products take about the same time
+    measured = f"x{ratios[0]:.2f} forward, x{ratios[1]:.2f} input gradient, against dense at {tokens} tokens"
+    if backend == "auto" and both <= 1:
+        return dense, f"dense products (cutlass {measured})"
+    return partial(CutlassOperands, dtype), f"cutlass ({measured})"
+
+
+def _measured_ratios(layer: SparseLinear, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
+    """Speed of the forward and of the input-gradient product against dense ones."""
+    sizes = (layer.out_features, layer.in_features)
+    return tuple(
+        autotune.tune(tokens, rows, columns, dtype, layer.values.device).ratio for rows, columns in (sizes, sizes[::-1])
+    )

@@ -1,0 +1,111 @@
+"""The compiled kernels' stand-ins on the CPU, built on kernels/layout.py: for tests of what is around the kernels."""
+
+import torch
+from torch import Tensor
+
+from kernels import autotune, backends, layout, ops
+from sparse_ops import N, double_prune_mask, pack_bits, unpack_bits
+
+VARIANTS = 3
+
+
+def launch_sparse_mm(variant, group, x, kept, metadata, bias, adapter_x, adapter_kept, y) -> None:
+    """Y = X W^T + (X L) R + bias, summed in float64 and rounded once."""
+    assert 0 <= variant < VARIANTS and group >= 1
+    columns, out = x.shape[-1], kept.shape[0]
+    assert y.is_contiguous() and kept.is_contiguous() and x.data_ptr() % 16 == 0
+    if x.dim() == 2:
+        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= columns
+    else:
+        assert x.is_contiguous()
+    x, y = x.reshape(-1, columns), y.view(-1, out)
+    tokens = x.shape[0]
+    assert tokens >= 1 and y.shape == (tokens, out) and columns % 16 == 0 and out % 8 == 0
+    assert x.dtype == kept.dtype == y.dtype != torch.float32
+    assert metadata.dtype == torch.int32 and metadata.shape == layout.metadata_shape(out, columns)
+    total = x.double() @ layout.expand(kept, metadata, out, columns).double().t()
+    if adapter_x is not None:
+        assert adapter_x.is_contiguous() and adapter_kept.is_contiguous() and adapter_x.shape[1] % 16 == 0
+        assert adapter_x.shape == (tokens, 2 * adapter_kept.shape[1]) and adapter_x.dtype == adapter_kept.dtype
+        read = adapter_x.unflatten(-1, (-1, 4))[..., :2].flatten(-2)  # positions 0 and 1 of every group of 4
+        total += read.double() @ adapter_kept.double().t()
+    if bias is not None:
+        assert bias.dtype == torch.float32 and bias.is_contiguous()
+        total += bias.double()
+    y.copy_(total)
+
+
+def call_operands(name: str, *arguments) -> None:
+    """`slope_<name>` of operands.cu; its arrays and sizes, as there."""
+    _FUNCTIONS[name](*arguments)
+
+
+def _forward_metadata(mask_bits, metadata, out, columns, m) -> None:
+    metadata.copy_(layout.fragment_metadata(unpack_bits(mask_bits, (out, columns))))
+
+
+def _refresh(values, mask_bits, kept, metadata, second_words, kept_backward, out, columns, m, dtype, rechoose) -> None:
+    assert values.dtype == torch.float32 and values.is_contiguous()
+    assert {0: torch.bfloat16, 1: torch.float16}[dtype] == kept.dtype == kept_backward.dtype
+    mask = unpack_bits(mask_bits, (out, columns))
+    weight = torch.zeros(out, columns).masked_scatter_(mask, values)
+    if rechoose:
+        second = double_prune_mask(weight, mask, N, m, dim=0)
+        _write_second(second, mask, metadata, second_words)
+    second = _second(metadata, second_words, mask)
+    kept.copy_(layout.compress(weight.to(kept.dtype), mask)[0])
+    kept_backward.copy_(layout.backward_operand(weight.to(kept.dtype), mask, second)[0])
+
+
+def _write_second(second, mask, metadata, second_words) -> None:
+    metadata.copy_(layout.fragment_metadata(second.t(), mask.t()))
+    if second_words is not None:
+        second_words.copy_(layout.second_kept_words(second))
+
+
+def _second(metadata, second_words, mask) -> Tensor:
+    """What W^{R,C} keeps, bool [out, in]."""
+    out, columns = mask.shape
+    if second_words is None:
+        return layout.metadata_pairs(metadata, columns, out).t() & mask
+    nibbles = layout.from_fragment_order(second_words, columns, out)
+    return (nibbles.unsqueeze(-1) >> torch.arange(4) & 1).bool().flatten(-2).t()
+
+
+def _second_bits(metadata, second_words, mask_bits, bits, out, columns, m) -> None:
+    mask = unpack_bits(mask_bits, (out, columns))
+    bits.copy_(pack_bits(_second(metadata, second_words, mask)[mask]))
+
+
+def _set_second(bits, mask_bits, metadata, second_words, out, columns, m) -> None:
+    mask = unpack_bits(mask_bits, (out, columns))
+    kept = unpack_bits(bits, (int(mask.sum()),))
+    _write_second(torch.zeros_like(mask).masked_scatter_(mask, kept), mask, metadata, second_words)
+
+
+def _gather(grad, stride, mask_bits, values, out, columns, m, dtype, accumulate) -> None:
+    assert grad.shape == (out, columns) and grad.stride() == (stride, 1) and values.dtype == torch.float32
+    gathered = grad[unpack_bits(mask_bits, (out, columns))].float().view(values.shape)
+    values.copy_(values + gathered if accumulate else gathered)
+
+
+_FUNCTIONS = {
+    "forward_metadata": _forward_metadata,
+    "refresh": _refresh,
+    "second_bits": _second_bits,
+    "set_second": _set_second,
+    "gather": _gather,
+}
+
+
+def install(monkeypatch) -> torch.library.Library:
+    """Let the backends and operators run on the CPU, as long as the returned library lives."""
+    for module in (ops, backends):
+        monkeypatch.setattr(module, "call_operands", call_operands)
+    for module in (ops, autotune):
+        monkeypatch.setattr(module, "launch_sparse_mm", launch_sparse_mm)
+    monkeypatch.setattr(autotune, "variant_count", lambda: VARIANTS)
+    library = torch.library.Library("slope", "IMPL")
+    library.impl("sparse_mm", ops._sparse_mm, "CPU")
+    library.impl("gather", ops._gather, "CPU")
+    return library
