@@ -115,7 +115,7 @@ def build_slope(config: BertConfig, device: torch.device, dtype: torch.dtype, ra
     if rank:
         add_adapters(model, rank, seed=0)
     for _, layer in named_layers(model):
-        layer.set_operands(CutlassOperands(dtype, layer))
+        layer.set_operands(CutlassOperands(layer, dtype))
     return model
 
 

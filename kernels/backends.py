@@ -7,7 +7,6 @@ auto         cutlass where it is measured to be faster than dense execution, den
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from kernels import autotune, layout
 from kernels.build import KernelsUnavailable
 from kernels.native import DTYPE_CODES, call_operands, loaded
-from kernels.ops import AdaptedProduct, SparseProduct, spread_columns
+from kernels.ops import AdaptedProduct, SparseProduct, read_columns
 from sparse_ops import DenseOperands, N, SparseLinear, named_layers, pack_bits, unpack_bits
 from training.errors import UsageError
 
@@ -30,7 +29,7 @@ class CutlassOperands(nn.Module):
     and two metadata, 0.375 byte a dense weight; 0.5 for longer groups.
     """
 
-    def __init__(self, dtype: torch.dtype, layer: SparseLinear):
+    def __init__(self, layer: SparseLinear, dtype: torch.dtype):
         super().__init__()
         out, columns, device = layer.out_features, layer.in_features, layer.values.device
         forward, backward = layout.metadata_shape(out, columns), layout.metadata_shape(columns, out)
@@ -70,15 +69,17 @@ class CutlassOperands(nn.Module):
             self._refresh_adapters(layer)
 
     def _refresh_adapters(self, layer: SparseLinear) -> None:
+        """Four copies into place; the columns that fill up to a multiple of 8, and those between, stay zero."""
         left, right = layer.lora_left.detach(), layer.lora_right.detach()
         rank = left.shape[1]
         width = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-        padded = {"left": F.pad(left, (0, width - rank)), "right": F.pad(right.t() / rank, (0, width - rank))}
-        for side, matrix in padded.items():
-            for name, content in ((f"{side}_kept", matrix), (f"{side}_spread", spread_columns(matrix))):
-                if getattr(self, name) is None:
-                    setattr(self, name, torch.empty(content.shape, dtype=self.dtype, device=content.device))
-                getattr(self, name).copy_(content)
+        for side, matrix in (("left", left), ("right", right.t())):
+            if getattr(self, f"{side}_kept") is None:
+                for name, columns in ((f"{side}_kept", width), (f"{side}_spread", 2 * width)):
+                    setattr(self, name, torch.zeros(matrix.shape[0], columns, dtype=self.dtype, device=left.device))
+            kept, spread = getattr(self, f"{side}_kept"), getattr(self, f"{side}_spread")
+            kept[:, :rank].copy_(matrix if side == "left" else matrix / rank)
+            read_columns(spread).copy_(kept.unflatten(-1, (-1, 2)))
 
     def second_kept(self, layer: SparseLinear) -> Tensor:
         bits = torch.empty(layer.values.numel() // 8, dtype=torch.uint8, device=layer.values.device)
@@ -112,7 +113,7 @@ class SemiStructuredOperands(DenseOperands):
     Kept since users know it. Each call rebuilds its plan on the host (0.35 ms), so it needs CUDA graphs to be usable.
     """
 
-    def __init__(self, dtype: torch.dtype, layer: SparseLinear):
+    def __init__(self, layer: SparseLinear, dtype: torch.dtype):
         super().__init__(layer, dtype)
         self.register_buffer("compressed", None, persistent=False)
         self.register_buffer("compressed_backward", None, persistent=False)
@@ -208,16 +209,18 @@ def select_backends(
         name, first = layers[0]
         make, remark = _choose(backend, name, first, dtype, tokens)
         for _, layer in layers:
-            layer.set_operands(make(layer))
+            if make is DenseOperands and type(layer.operands) is DenseOperands:
+                layer.set_operand_dtype(dtype)
+            else:
+                layer.set_operands(make(layer, dtype))
         pattern = "unstructured" if first.m is None else f"{N}:{first.m}"
         report(f"{len(layers)} sparse layers {first.in_features} -> {first.out_features}, {pattern}: {remark}")
 
 
 def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, tokens: int):
-    """The maker of a layer's operands, and what the log says of it."""
-    dense = partial(DenseOperands, dtype=dtype)
+    """The class of a layer's operands, and what the log says of it."""
     if backend == "dense":
-        return dense, "dense products"
+        return DenseOperands, "dense products"
     wanted = "cutlass" if backend == "auto" else backend
     reason = refusal(wanted, layer, dtype)
     try:
@@ -229,14 +232,14 @@ def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, to
     if reason is not None:
         if backend != "auto":
             raise UsageError(f"--sparse_backend {backend} cannot run {name}: {reason}")
-        return dense, f"dense products ({reason})"
+        return DenseOperands, f"dense products ({reason})"
     if wanted == "cusparselt":
-        return partial(SemiStructuredOperands, dtype), "cuSPARSELt"
+        return SemiStructuredOperands, "cuSPARSELt"
     both = len(ratios) / sum(1 / ratio for ratio in ratios)  # the two dense products take about the same time
     measured = f"x{ratios[0]:.2f} forward, x{ratios[1]:.2f} input gradient, against dense at {tokens} tokens"
     if backend == "auto" and both <= 1:
-        return dense, f"dense products (cutlass {measured})"
-    return partial(CutlassOperands, dtype), f"cutlass ({measured})"
+        return DenseOperands, f"dense products (cutlass {measured})"
+    return CutlassOperands, f"cutlass ({measured})"
 
 
 def _measured_ratios(layer: SparseLinear, dtype: torch.dtype, tokens: int) -> tuple[float, float]:

@@ -158,12 +158,11 @@ class AdaptedProduct(torch.autograd.Function):
         return grad_x, grad_values, grad_bias, grad_left, grad_right, *[None] * 10
 
 
-def spread_columns(matrix: Tensor) -> Tensor:
-    """[rows, columns] -> [rows, 2 columns]: column c at c/2*4 + c%2, zeros elsewhere; columns even."""
-    pairs = matrix.unflatten(-1, (-1, 2))
-    return torch.cat((pairs, torch.zeros_like(pairs)), -1).flatten(-2)
+def read_columns(spread: Tensor) -> Tensor:
+    """A view of what the 2:4 product reads of adapters' columns [rows, 2w]: column c at c/2*4 + c%2, [rows, w/2, 2]."""
+    return spread.unflatten(-1, (-1, 4))[..., :2]
 
 
-def gathered_columns(matrix: Tensor, rank: int) -> Tensor:
-    """The inverse of `spread_columns`, its first `rank` columns, in fp32."""
-    return matrix.unflatten(-1, (-1, 4))[..., :2].flatten(-2)[..., :rank].float()
+def gathered_columns(spread: Tensor, rank: int) -> Tensor:
+    """The first `rank` of these columns, packed, in fp32."""
+    return read_columns(spread).flatten(-2)[..., :rank].float()

@@ -81,7 +81,7 @@ def make_layer(device, m: int = 4, rank: int = 0, seed: int = 0, bias: bool = Tr
 
 
 def on_cutlass(layer: SparseLinear, dtype: torch.dtype = torch.bfloat16) -> SparseLinear:
-    layer.set_operands(CutlassOperands(dtype, layer))
+    layer.set_operands(CutlassOperands(layer, dtype))
     return layer
 
 
@@ -302,3 +302,9 @@ def check_operators(device) -> None:
         torch.library.opcheck(sparse_mm, (x, operands.kept, operands.metadata, *arguments), test_utils=checks)
     gradient = normal(device, OUT, IN, seed=2, dtype=torch.bfloat16)
     torch.library.opcheck(gather, (gradient, layer.mask_bits, layer.m), test_utils=checks)
+
+
+def spread_columns(matrix: Tensor) -> Tensor:
+    """[rows, columns] -> [rows, 2 columns]: column c at c/2*4 + c%2, zeros elsewhere; columns even."""
+    pairs = matrix.unflatten(-1, (-1, 2))
+    return torch.cat((pairs, torch.zeros_like(pairs)), -1).flatten(-2)

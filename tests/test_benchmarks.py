@@ -40,7 +40,7 @@ class ProcessorTimer:
 
 def run_on_stand_ins(layers, dtype, tokens):
     for _, layer in named_layers(layers):
-        layer.set_operands(CutlassOperands(dtype, layer))
+        layer.set_operands(CutlassOperands(layer, dtype))
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from product_checks import (
     on_cutlass,
     on_dense,
     results,
+    spread_columns,
     stack_results,
     stack_sample,
     unavailable,
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 
 from kernels import autotune, build, layout, native
 from kernels.backends import CutlassOperands, SemiStructuredOperands, refusal, select_backends
-from kernels.ops import sparse_mm, spread_columns
+from kernels.ops import sparse_mm
 from sparse_ops import DenseOperands, N, SparseLinear, nm_mask
 from training.engine import BUFFERS_STAY
 from training.errors import UsageError
@@ -183,7 +184,7 @@ def test_cusparselt_computes_what_dense_operands_compute():
     reason = refusal("cusparselt", sparse, torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
-    sparse.set_operands(SemiStructuredOperands(torch.bfloat16, sparse))
+    sparse.set_operands(SemiStructuredOperands(sparse, torch.bfloat16))
     for tokens in (128, 129):
         x, grad_y = (normal(tokens, size, seed=size, dtype=torch.bfloat16) for size in (320, 256))
         exact = exact_results(dense, torch.bfloat16, x, grad_y)

@@ -21,6 +21,7 @@ from product_checks import (
     make_stack,
     normal,
     on_cutlass,
+    spread_columns,
     stack_results,
     stack_sample,
 )
@@ -120,7 +121,7 @@ def test_autograd_is_the_papers_algebra(monkeypatch, rank, bias):
     if rank:
         pad = (0, -rank % 8)
         sides = F.pad(left.detach(), pad), F.pad(right.detach().t() / rank, pad)
-        adapters = tuple(matrix for side in sides for matrix in (ops.spread_columns(side), side))
+        adapters = tuple(matrix for side in sides for matrix in (spread_columns(side), side))
     x.requires_grad_()
     product = ops.AdaptedProduct if rank else ops.SparseProduct
     y = product.apply(x, *parameters.values(), *operands, *adapters, pack_bits(mask), 4)
@@ -139,7 +140,7 @@ def test_autograd_is_the_papers_algebra(monkeypatch, rank, bias):
 @pytest.mark.parametrize(("rows", "columns"), [(3, 8), (5, 16)])
 def test_spread_columns_stand_where_the_product_reads_and_come_back(rows, columns):
     matrix = torch.randn(rows, columns)
-    spread = ops.spread_columns(matrix)
+    spread = spread_columns(matrix)
     expected = torch.zeros(rows, 2 * columns)
     for c in range(columns):
         expected[:, c // 2 * 4 + c % 2] = matrix[:, c]
