@@ -11,7 +11,7 @@ A run goes on from the newest checkpoint in OUT/pretrain_ckpts, and a finished o
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ from training.flags import (
 from training.logs import Logger
 from training.phases import Start, adapter_step, check_same_start, find_start
 from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
+from training.throughput import peak_tflops, useful_flops
 
 CHECKPOINTS = "pretrain_ckpts"  # below --output_dir
 HELDOUT_SEED = 0  # of the held-out masks: the same for every run, so that runs of different seeds compare
@@ -62,7 +63,7 @@ SAME_DATA = ("seed", "masked_token_fraction", "max_predictions_per_seq")  # flag
 METRICS = [
     *("step", "epoch", "step_loss", "average_loss", "learning_rate", "mlm_loss", "nsp_loss"),
     *("sequences_per_second", "tokens_per_second", "data_wait_seconds", "adapters"),
-    *("heldout_mlm_loss", "heldout_mlm_accuracy", "loss_scale"),
+    *("heldout_mlm_loss", "heldout_mlm_accuracy", "loss_scale", "tflops", "mfu", "peak_memory_gb"),
 ]
 
 
@@ -239,6 +240,7 @@ class Counts:
     masked_tokens: float
     sentence_labels: float
     tokens: float
+    squared_lengths: float = 0.0
 
 
 class PretrainingRun:
@@ -368,7 +370,7 @@ class PretrainingRun:
 
     def next_batch(self, loader: StepLoader, stop: StopSignal) -> tuple[Batch | None, Counts | None]:
         """This rank's part of the next step and what all parts hold together; None when any rank was told to stop."""
-        batch, error, local = None, None, [0.0, 0.0, 0.0]
+        batch, error, local = None, None, [0.0] * len(fields(Counts))
         try:
             batch = next(loader)
         except UsageError as found:
@@ -376,7 +378,8 @@ class PretrainingRun:
         else:
             lengths = batch["attention_mask"].sum(-1)
             tokens = lengths * (lengths > 1)  # a padding row attends to one place, and is no sequence
-            local = [float(x.sum()) for x in (batch["masked_labels"] >= 0, batch["next_sentence_labels"] >= 0, tokens)]
+            labels = batch["masked_labels"] >= 0, batch["next_sentence_labels"] >= 0
+            local = [float(x.sum()) for x in (*labels, tokens, tokens.double() ** 2)]
         *totals, stopped, failed = sum_over_ranks(
             self.world, [*local, float(stop.received is not None), float(error is not None)]
         )
@@ -450,7 +453,18 @@ class PretrainingRun:
             "data_wait_seconds": waited,
             "adapters": int(self.sparsity.lora_rank > 0),
             "loss_scale": self.engine.scaler.get_scale(),
-        }
+        } | self.work_done(counts, seconds)
+
+    def work_done(self, counts: Counts, seconds: float) -> dict:
+        """Useful TFLOP/s of all ranks, their share of the chips' peak, and this rank's peak memory."""
+        sizes = (counts.tokens, counts.squared_lengths, counts.masked_tokens, self.args.global_batch_size)
+        found = {"tflops": useful_flops(self.config, *sizes) / seconds / 1e12}
+        if self.world.device.type == "cuda":
+            peak = peak_tflops(torch.cuda.get_device_name(self.world.device), self.args.precision)
+            if peak is not None:
+                found["mfu"] = found["tflops"] / peak / self.world.size
+            found["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
+        return found
 
     @torch.no_grad()
     def evaluate(self) -> dict:
