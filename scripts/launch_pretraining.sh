@@ -106,7 +106,8 @@ stop_run() { # SIGNAL
 
 # Run the phases that are not finished, one after the other, each until its last checkpoint is there. The job script's
 # function `start_phase PHASE` is one run on all nodes; USR1 stops it. Returns 0 when all phases are done, STOPPED after
-# a signal to this script, and otherwise the exit code of the run that failed: a failure is never tried again.
+# a signal to this script, and otherwise the exit code of the run that failed: what torchrun's own restarts
+# (MAX_RESTARTS) did not get over is not tried again.
 run_phases() {
     local phase before code
     DATA_DIR="$(absolute_path "$DATA_DIR")"

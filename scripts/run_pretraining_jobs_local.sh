@@ -33,7 +33,7 @@ EXTRA_FLAGS="${EXTRA_FLAGS:-}"                              # of run_pretraining
 STOP_GRACE="${STOP_GRACE:-240}"                             # seconds that saving may take after a signal
 # ---- the machine
 NPROC_PER_NODE="${NPROC_PER_NODE:-auto}"                    # auto: one process a GPU; without one, one a core
-MAX_RESTARTS="${MAX_RESTARTS:-0}"                           # how often torchrun restarts processes that crashed
+MAX_RESTARTS="${MAX_RESTARTS:-3}"                           # of a phase when a process crashes; 0: none
 set +a
 
 # shellcheck source=scripts/launch_pretraining.sh

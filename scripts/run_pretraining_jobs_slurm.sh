@@ -45,7 +45,7 @@ EXTRA_FLAGS="${EXTRA_FLAGS:-}"                              # of run_pretraining
 STOP_GRACE="${STOP_GRACE:-240}"                             # seconds that saving may take after a signal
 # ---- the cluster
 NPROC_PER_NODE="${NPROC_PER_NODE:-gpu}"                     # gpu: one process a GPU
-MAX_RESTARTS="${MAX_RESTARTS:-0}"                           # how often torchrun restarts processes that crashed
+MAX_RESTARTS="${MAX_RESTARTS:-3}"                           # of a phase when a process crashes; 0: none
 SBATCH_FLAGS="${SBATCH_FLAGS:-}"                            # of the first sbatch call that the next need too: --nodes 4
 set +a
 

@@ -38,7 +38,7 @@ RDZV_PORT="${RDZV_PORT:-29400}"                             # a free port of the
 SSH_FLAGS="${SSH_FLAGS:-}"                                  # such as -i KEY
 REMOTE_ENV="${REMOTE_ENV:-}"                                # such as NCCL_SOCKET_IFNAME=eth0 SLOPE_CACHE=/scratch
 NPROC_PER_NODE="${NPROC_PER_NODE:-gpu}"                     # gpu: one process a GPU
-MAX_RESTARTS="${MAX_RESTARTS:-0}"                           # how often torchrun restarts processes that crashed
+MAX_RESTARTS="${MAX_RESTARTS:-3}"                           # of a phase when a process crashes; 0: none
 set +a
 
 # shellcheck source=scripts/launch_pretraining.sh

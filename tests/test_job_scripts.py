@@ -360,6 +360,27 @@ def test_the_real_torchrun_ends_with_0_after_a_signal(cluster, to_everybody):
     assert (process.returncode, cluster.saved()) == (0, [1, 2]), output
 
 
+CRASHES = """import os, signal, sys
+checkpoints = os.path.join(sys.argv[sys.argv.index("--output_dir") + 1], "pretrain_ckpts")
+os.makedirs(checkpoints, exist_ok=True)
+open(os.path.join(checkpoints, "attempts"), "a").write("x")
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+open(os.path.join(checkpoints, "ckpt_4.pt"), "w").close()
+"""
+
+
+@pytest.mark.parametrize("settings,code,attempts", [({}, 0, 2), ({"MAX_RESTARTS": "0"}, 1, 1)], ids=["default", "0"])
+def test_the_real_torchrun_restarts_processes_that_crashed(cluster, settings, code, attempts):
+    (cluster.bin / "torchrun").unlink()
+    (cluster.bin / "torchrun").symlink_to(Path(sys.executable).parent / "torchrun")
+    (cluster.repository / "run_pretraining.py").write_text(CRASHES)
+    ended, output = cluster.run("local", PHASES="1", NPROC_PER_NODE="1", **settings)
+    assert ended == code, output
+    assert (cluster.output / "pretrain_ckpts" / "attempts").read_text() == "x" * attempts
+    assert cluster.saved() == ([4] if code == 0 else [])
+
+
 # ---------------------------------------------------------------- SLURM
 
 
@@ -387,7 +408,7 @@ def test_slurm_starts_one_torchrun_a_node_that_meet_on_the_first(cluster):
     assert srun.startswith("--ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=1 bash ")
     ((_, launcher, _),) = cluster.runs()
     meeting = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "node1:20077", "--rdzv_id", "77"]
-    assert launcher == [*meeting, "--nproc_per_node", "gpu", "--max_restarts", "0"]
+    assert launcher == [*meeting, "--nproc_per_node", "gpu", "--max_restarts", "3"]
 
 
 def test_the_slurm_script_asks_for_a_warning_before_the_time_limit():

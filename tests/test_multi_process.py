@@ -17,7 +17,6 @@ from pretraining_runs import (
     TrainingFiles,
     assembled,
     begin_ranks,
-    kill_after,
     losses,
     metrics,
     run,
@@ -26,8 +25,9 @@ from pretraining_runs import (
     write_model,
 )
 
+from data.loader import step_loader
 from training.checkpoint import load_checkpoint, saved_steps
-from training.distributed import process_group
+from training.distributed import StopSignal, process_group
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
@@ -66,26 +66,6 @@ def test_two_processes_train_as_one_does(files, tmp_path, batch):
     for name, tensor in one["model"].items():
         if tensor.is_floating_point():
             torch.testing.assert_close(two["model"][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_resumed_on_another_number_of_ranks(files, tmp_path, before, after):
-    run(without_dropout(files, tmp_path / "whole"))
-    killed = without_dropout(files, tmp_path / "killed")
-    assert {rank.finish().code for rank in begin_ranks(killed, before, kill_after(12))} != {0}
-    assert "resumed after step 10" in run(killed, ranks=after).stderr
-    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 21))
-    assert values(tmp_path / "killed") == pytest.approx(values(tmp_path / "whole"), rel=1e-4)
-
-
-def test_two_ranks_killed_and_resumed_give_the_very_same_losses(files, tmp_path):
-    """Dropout on, before and after the adapter switch."""
-    run(files.flags(tmp_path / "whole"), ranks=2)
-    flags = files.flags(tmp_path / "killed")
-    for step in (8, 17):
-        assert {rank.finish().code for rank in begin_ranks(flags, 2, kill_after(step))} != {0}
-    run(flags, ranks=2)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -138,6 +118,59 @@ def test_gradients_of_two_ranks_are_those_of_the_global_means_and_averaged_once(
         assert result["syncs"] and set(result["syncs"]) == {3}, "averaged before the last of three micro-steps"
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def record_averages(flags: list[str], result: Path) -> None:
+    """Called in each rank in place of a run: its own gradients of the first step, and what the optimizer would get."""
+    begun = assembled(flags)
+    engine, taken = begun.engine, {}
+
+    def gradients(name: str) -> None:
+        engine.step = lambda rate: taken.update({name: {n: p.grad.clone() for n, p in engine.model.named_parameters()}})
+        begun.take_step(1, batch, counts, rate=0.0)
+        engine.optimizer.zero_grad()
+
+    with process_group(begun.world):
+        engine.connect()
+        batch, counts = begun.next_batch(step_loader(begun.dataset), StopSignal())
+        gradients("mean")
+        engine.accumulate = lambda last: engine.parallel.no_sync()
+        gradients("own")
+        engine.disconnect()
+    torch.save(taken, f"{result}.{begun.world.rank}")
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_averaged_in_bf16_are_the_means_rounded(files, tmp_path, ranks):
+    """Of sparse and dense weights, the same on all ranks. Each rank's part is rounded, and each sum of them."""
+    flags = without_dropout(files, tmp_path / "out", gradient_communication="bf16")
+    prepare = functools.partial(record_averages, flags, tmp_path / "result")
+    assert [rank.finish().code for rank in begin_ranks(flags, ranks, prepare)] == [0] * ranks
+    found = [torch.load(f"{tmp_path / 'result'}.{rank}") for rank in range(ranks)]
+    exact = 0
+    for name, rounded in found[0]["mean"].items():
+        assert all(torch.equal(rounded, other["mean"][name]) for other in found), name
+        assert rounded.dtype == torch.float32
+        assert torch.equal(rounded, rounded.bfloat16().float()), f"{name} was not added up in bf16"
+        own = torch.stack([one["own"][name] for one in found])
+        error, bound = (rounded - own.mean(0)).abs(), ranks * 2**-8 * own.abs().mean(0)
+        assert (error <= 1.01 * bound + 1e-30).all(), name
+        exact += torch.equal(rounded, own.mean(0))
+    assert exact < len(found[0]["mean"])
+
+
+def test_losses_with_gradients_averaged_in_bf16_stay_near_fp32(files, tmp_path):
+    """Near, and not the same: before the first update they are. One rank averages nothing, and rounds nothing."""
+    runs = {}
+    for kind, ranks in (("fp32", 2), ("bf16", 2), ("fp32", 1), ("bf16", 1)):
+        flags = without_dropout(files, tmp_path / f"{kind} {ranks}", gradient_communication=kind)
+        run(flags, ranks=ranks)
+        runs[kind, ranks] = values(tmp_path / f"{kind} {ranks}")
+    full, half = runs["fp32", 2], runs["bf16", 2]
+    assert half[0] == full[0] and all(a != b for a, b in zip(half[2:], full[2:], strict=True))
+    assert half == pytest.approx(full, rel=2e-3)
+    assert runs["bf16", 1] == runs["fp32", 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- the end

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from training.errors import UsageError
 
 WATCH_SECONDS = 1.0
 LEAVE_SECONDS = 30.0
+JOIN_TIME = timedelta(minutes=30)  # that a rank waits for the others: to come, and in each exchange
 # A thread of the process group frees the last collective's tensors, for which it needs the interpreter's lock. Were it
 # still waiting for that when this process ends, the process would hang, or abort.
 SETTLE_SECONDS = 0.1
@@ -82,13 +84,49 @@ def process_group(world: World):
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30))
+    store = _store_of_this_start(world) if _under_torchrun() else None
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=JOIN_TIME)
     _groups.append(dist.group.WORLD)
     try:
         yield
     finally:
         time.sleep(SETTLE_SECONDS)
         dist.destroy_process_group()
+
+
+def _under_torchrun() -> bool:
+    """Whether a launcher keeps a store for its ranks, at MASTER_ADDR and MASTER_PORT."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _launchers_store(timeout: timedelta) -> dist.TCPStore:
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+
+
+def _store_of_this_start(world: World) -> dist.Store:
+    """The launcher's store, below a name that only the ranks of this start know.
+
+    torchrun keeps one store over restarts, and in it the addresses of ranks that are gone: a rank that reads one of
+    those fails, or hangs. Restarts are counted by each node for itself, so the ranks agree on a name of their own: the
+    first one tells it to whom greets it with a new word, until all have heard it.
+    """
+    store, own = _launchers_store(JOIN_TIME), uuid.uuid4().hex
+    if not world.is_main:
+        store.set(f"greeting/{world.rank}", own)
+        name = store.get(f"answer/{own}").decode()  # waits for it
+        store.add(f"{name}/heard", 1)
+        return dist.PrefixStore(name, store)
+    greetings, answered = [f"greeting/{rank}" for rank in range(1, world.size)], set()
+    deadline = time.monotonic() + JOIN_TIME.total_seconds()
+    while store.add(f"{own}/heard", 0) < len(greetings):
+        for word in (store.get(key).decode() for key in greetings if store.check([key])):
+            if word not in answered:
+                store.set(f"answer/{word}", own)
+                answered.add(word)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of {world.size} ranks came within {JOIN_TIME}")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def _end_with_launcher() -> None:
@@ -116,15 +154,14 @@ def leave_together() -> None:
     never comes; then the launcher ends it once this one has gone. A launcher that would start the ranks again
     (`--max_restarts`) is ended too, by one rank of each node: they would only find the same error.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _under_torchrun():
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     key = f"usage_errors/{attempt}"
     deadline = time.monotonic() + LEAVE_SECONDS
     try:
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*address, timeout=timedelta(seconds=LEAVE_SECONDS))
+        store = _launchers_store(timedelta(seconds=LEAVE_SECONDS))
         first_of_node = store.add(f"{key}/of_node/{os.environ.get('GROUP_RANK', 0)}", 1) == 1
         arrived = store.add(key, 1)
         while arrived < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:

@@ -1,0 +1,332 @@
+"""benchmarks/scaling.py on processes of a tiny BERT: what takes turns, what is counted, and what its table says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pretraining_runs import LENGTH, MODEL, ROOT, begin_ranks, write_model
+
+from benchmarks import scaling, scaling_picture
+from benchmarks.timing import GpuState, Spread
+from modeling import BertConfig, BertForPreTraining
+from sparse_ops import SparseLinear, named_layers
+from training.distributed import World
+
+CPU = torch.device("cpu")
+PNG = b"\x89PNG\r\n"
+
+
+def flags_of(model_file, *more: str) -> list[str]:
+    """A small benchmark: two sequences a micro-step, a step a sample."""
+    small = ("--local_batch_size", "2", "--sequence_length", f"{LENGTH}", "--sample_seconds", "0", "--rounds", "2")
+    return ["--model_config_file", f"{model_file}", *small, *more]
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path):
+    """Parse flags as one process of several would."""
+    model = write_model(tmp_path / "tiny_config.json")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def parse(*more: str):
+        monkeypatch.setattr(sys, "argv", ["benchmarks/scaling.py", *flags_of(model, *more)])
+        return scaling.read_flags()
+
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------------------- the ways
+def record_traffic(words: list[str], result) -> None:
+    """Called in each rank in place of a run: what each way communicates in one step of two micro-steps."""
+    sys.argv = ["benchmarks/scaling.py", *words]
+    args = scaling.read_flags()
+    world, config = scaling.this_process(), BertConfig.from_json_file(args.model_config_file)
+    flags = scaling.training_flags(args, "slope")
+    host, buckets, found = [], [], {}
+    sums = torch.distributed.all_reduce
+
+    def count_sums(tensor, **options):
+        host.append(tensor.numel())
+        return sums(tensor, **options)
+
+    def count_buckets(state, bucket):
+        buckets.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        total = sums(bucket.buffer().div_(world.size), async_op=True).get_future()
+        return total.then(lambda reduced: reduced.value()[0])
+
+    with scaling.process_group(world):
+        model = scaling.build_model(lambda: BertForPreTraining(config), scaling.sparsity_from_flags(flags), seed=0)
+        engine = scaling.Engine(model, world, flags, LENGTH, print)
+        engine.connect()
+        engine.parallel.register_comm_hook(None, count_buckets)
+        torch.distributed.all_reduce = count_sums
+        batch = scaling.random_batch(config, args, 2, world)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for way, variant in scaling.ways_of(engine).items():
+            host.clear()
+            buckets.clear()
+            if way != "alone" or world.is_main:
+                scaling.TrainingStep(flags, variant, batch)()
+            found[way] = {"host": len(host), "bytes": sum(buckets)}
+        same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        layers = len(named_layers(model, SparseLinear))
+        found |= {"counted": scaling.gradient_bytes(model, "fp32"), "same": same, "layers": layers}
+        engine.disconnect()
+        del variant
+    torch.save(found, f"{result}.{world.rank}")
+    sys.exit(0)
+
+
+def test_only_together_averages_gradients_and_only_alone_needs_nobody(tmp_path):
+    """The bytes in DDP's buckets are those that are counted."""
+    words = flags_of(write_model(tmp_path / "tiny.json"))
+    prepare = functools.partial(record_traffic, words, tmp_path / "result")
+    for rank in begin_ranks([], 2, prepare):
+        ended = rank.finish()
+        assert ended.code == 0, ended
+    for rank in range(2):
+        found = torch.load(f"{tmp_path / 'result'}.{rank}")
+        assert found["together"] == {"host": 2, "bytes": found["counted"]}  # counts before the step, losses after it
+        assert found["apart"] == {"host": 2, "bytes": 0}
+        assert found["alone"] == {"host": 0, "bytes": 0}
+        assert found["same"], "the weights moved, though the learning rate is 0"
+        assert found["layers"] == 9  # of 12: query, key and value of the first block stay dense
+
+
+def test_a_process_alone_is_a_whole_world(read):
+    args = read()
+    flags, config = scaling.training_flags(args, "dense"), BertConfig.from_json_file(args.model_config_file)
+    engine = scaling.Engine(BertForPreTraining(config), World(0, 2, 0, CPU), flags, LENGTH, print)
+    engine.parallel = engine.model
+    ways = scaling.ways_of(engine)
+    assert list(ways) == ["together", "apart", "alone"]
+    batch = scaling.random_batch(config, args, 3, World(0, 2, 0, CPU))
+    counts = {way: scaling.TrainingStep(flags, variant, batch).counts for way, variant in ways.items()}
+    masked, labels, tokens = 3 * 2 * 3, 3 * 2, 3 * 2 * LENGTH  # 15% of 16 are 2.4, so 3
+    assert counts["alone"] == scaling.Counts(masked, labels, tokens)
+    assert counts["together"] == counts["apart"] == scaling.Counts(2 * masked, 2 * labels, 2 * tokens)
+    engine.world = World(0, 1, 0, CPU)
+    assert list(scaling.ways_of(engine)) == ["together"]
+
+
+def test_random_batches_are_what_the_model_takes(read):
+    args, config = read(), BertConfig.from_dict(MODEL)
+    batches = [scaling.random_batch(config, args, 3, World(rank, 2, rank, CPU)) for rank in (0, 1)]
+    for batch in batches:
+        assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+            **dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), (3, 2, LENGTH)),
+            **dict.fromkeys(("masked_positions", "masked_labels"), (3, 2, 3)),
+            "next_sentence_labels": (3, 2),
+        }
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+        positions = batch["masked_positions"]
+        assert (positions.diff(dim=-1) > 0).all() and positions.max() < LENGTH
+        for name in ("input_ids", "masked_labels"):
+            assert batch[name].min() >= 0 and batch[name].max() < config.vocab_size
+    assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    args.sequence_length = 128
+    assert scaling.random_batch(config, args, 1, World(0, 1, 0, CPU))["masked_labels"].shape[-1] == 20
+
+
+# --------------------------------------------------------------------------------------------------------------- timing
+def test_the_ways_take_turns(monkeypatch):
+    turns: list[tuple[str, int]] = []
+
+    def scripted(self, way):
+        turns.append((way, self.repeats))
+        return {"together": 0.02, "apart": 0.01, "alone": 0.01}[way]
+
+    monkeypatch.setattr(scaling.Sampler, "seconds", scripted)
+    steps = dict.fromkeys(("together", "apart", "alone"), lambda: None)
+    rounds = scaling.Sampler(World(0, 2, 0, CPU), steps).rounds(3, sample_seconds=0.1)
+    names = ["together", "apart", "alone"]
+    assert turns == [(way, 1) for way in names * 2] + [(way, 5) for way in names * 3]
+    assert rounds == [{"together": 0.02, "apart": 0.01, "alone": 0.01}] * 3
+
+
+def test_a_sample_is_the_slowest_process_s(monkeypatch):
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(scaling, "gather_objects", lambda world, own: [own, 6.0])
+    taken = []
+    sampler = scaling.Sampler(World(0, 1, 0, CPU), {"together": lambda: taken.append(1)}, repeats=4)
+    assert sampler.seconds("together") == 1.5
+    assert len(taken) == 4
+
+
+def test_ratios_and_differences_are_taken_round_by_round():
+    rounds = [
+        {"together": 4.0, "apart": 3.0, "alone": 2.0},
+        {"together": 5.0, "apart": 2.0, "alone": 4.0},
+        {"together": 10.0, "apart": 8.0, "alone": 9.0},
+    ]
+    found = scaling.summary(rounds, tokens=100)
+    assert found["tokens_per_second"] == 20.0
+    assert found["step"] == Spread(5.0, 4.0, 10.0)
+    assert found["efficiency"] == Spread(0.8, 0.5, 0.9)
+    assert found["not_hidden"] == Spread(2.0, 1.0, 3.0)
+    alone = scaling.summary([{"together": 4.0}], tokens=100)
+    assert (alone["efficiency"], alone["not_hidden"]) == (Spread(1.0, 1.0, 1.0), None)
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (("--sequence_length", "17"), "--sequence_length 17: the model has 16 positions"),
+        (("--processes", "2"), "--processes: not under torchrun"),
+        (("--picture", "p.png"), "--picture: not under torchrun"),
+        (("--models", "sparse"), "--models: must be names of dense, slope with commas"),
+        (("--accumulations", "0"), "--accumulations: must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_flags(read, words, message):
+    with pytest.raises(scaling.UsageError, match=message):
+        read(*words)
+
+
+def test_as_many_processes_as_gpus(read, monkeypatch, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE")
+    for gpus, processes in ((0, (1, 2)), (1, (1,)), (2, (1, 2)), (6, (1, 2, 4)), (8, (1, 2, 4, 8))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert read().processes == processes
+    assert read("--processes", "8,1").processes == (8, 1)
+    with pytest.raises(scaling.UsageError, match="--processes 9: this machine has 8 GPUs"):
+        read("--processes", "1,9")
+    for wrong in ("picture.jpg", f"{tmp_path}/missing/picture.png"):
+        with pytest.raises(scaling.UsageError, match="--picture .*: must end in .png and lie in an existing folder"):
+            read("--picture", wrong)
+
+
+@pytest.mark.parametrize(("ranks", "kinds"), [(2, ["fp32", "bf16"]), (1, ["fp32"])])
+def test_each_communication_is_what_the_engine_is_connected_with(monkeypatch, read, ranks, kinds):
+    connected, rows = [], []
+
+    def connect(engine):
+        connected.append(engine.args.gradient_communication)
+        engine.parallel = engine.model
+
+    monkeypatch.setattr(scaling.Engine, "connect", connect)
+    ways = dict.fromkeys(("together", "apart", "alone") if ranks > 1 else ("together",), 1.0)
+    monkeypatch.setattr(scaling.Sampler, "rounds", lambda *_: [ways])
+    args = read("--accumulations", "1,4")
+    scaling.measure_model("slope", args, World(0, ranks, 0, CPU), SimpleNamespace(row=rows.append))
+    assert connected == kinds
+    assert [row["accumulation"] for row in rows] == [1, 4] * len(kinds)
+    assert [row["gradients"] for row in rows[::2]] == (kinds if ranks > 1 else [None])
+
+
+def run_scaling(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/scaling.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_one_command_launches_each_number_of_processes(tmp_path):
+    file, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    model = write_model(tmp_path / "tiny_config.json")
+    words = flags_of(model, "--processes", "1,2", "--output", f"{file}", "--picture", f"{picture}")
+    ended = run_scaling(*words, "--accumulations", "1,2")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    content = json.loads(file.read_text())
+    cells = [(row["processes"], row["model"], row["accumulation"], row["gradients"]) for row in content["rows"]]
+    alone = [(1, name, count, None) for name in ("dense", "slope") for count in (1, 2)]
+    both = [(2, name, c, g) for name in ("dense", "slope") for g in ("fp32", "bf16") for c in (1, 2)]
+    assert cells == alone + both
+    assert "benchmarks/scaling.py --model_config_file" in content["environment"]["command"]
+    assert "--processes 1,2" in content["environment"]["command"]
+    for row in content["rows"]:
+        tokens = row["processes"] * row["accumulation"] * 2 * LENGTH
+        assert row["tokens_per_second"] == pytest.approx(tokens / row["step"]["median"])
+        assert len(row["rounds"]) == 2
+    check_bytes({cell: row for cell, row in zip(cells, content["rows"], strict=True) if cell[2] == 1})
+    assert picture.read_bytes().startswith(PNG)
+    table = [line for line in ended.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(cells)
+    assert len({line.count("|") for line in table}) == 1
+    for once in ("2 sparse layers 16 -> 32", "Measured in"):  # what runs them, and how long all launches took
+        assert ended.stdout.count(once) == 1
+
+
+def check_bytes(rows: dict) -> None:
+    """Against the shapes: half of each pruned weight, all of the rest."""
+    hidden, inner = MODEL["hidden_size"], MODEL["intermediate_size"]
+    pruned = 2 * (4 * hidden**2 + 2 * hidden * inner) - 3 * hidden**2  # the first query, key and value stay dense
+    numbers = sum(p.numel() for p in BertForPreTraining(BertConfig.from_dict(MODEL)).parameters())
+    expected = {"dense": numbers, "slope": numbers - pruned // 2}
+    for (processes, model, _, gradients), row in rows.items():
+        size = {None: 0, "fp32": 4, "bf16": 2}[gradients]
+        assert row["all_reduced_bytes"] == size * expected[model]
+        share = size * expected[model] / (4 * numbers)
+        assert row["share_of_dense"] == (pytest.approx(share) if processes > 1 else None)
+
+
+def test_wrong_flags_are_one_line_before_anything_is_launched(tmp_path):
+    ended = run_scaling(*flags_of(tmp_path / "missing.json", "--processes", "1"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("scaling.py: error: ") and ended.stderr.count("\n") == 1
+
+
+def test_a_launch_that_fails_ends_the_command(monkeypatch, tmp_path, read):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(scaling.UsageError, match="--processes 2: torchrun ended with exit code 1"):
+        scaling.launch(2, read(), tmp_path)
+
+
+def test_a_row_comes_back_from_a_file_as_it_was():
+    row = {
+        **{"step": Spread(1, 0, 2), "efficiency": Spread(1, 1, 1), "not_hidden": None, "model": "dense"},
+        "gpu": GpuState(Spread(1500, 1400, 1600), 600.0, 1.0),
+    }
+    assert scaling.restored(json.loads(json.dumps(row, default=asdict))) == row
+    nothing = row | {"gpu": GpuState(None, None, None), "not_hidden": Spread(1, 0, 2)}
+    assert scaling.restored(json.loads(json.dumps(nothing, default=asdict))) == nothing
+
+
+def test_the_lines_of_the_picture():
+    def row(processes, gradients, accumulation, speed):
+        measured = {"tokens_per_second": speed, "efficiency": Spread(speed / processes, 0, 1)}
+        return {
+            "processes": processes,
+            "model": "slope",
+            "accumulation": accumulation,
+            "gradients": gradients,
+        } | measured
+
+    rows = [row(2, "fp32", 1, 1.8), row(2, "bf16", 1, 1.9), row(1, None, 1, 1.0)]
+    (full, full_points, full_style), (half, half_points, half_style) = scaling_picture.curves(rows)
+    assert (full, half) == tuple(f"slope, accumulation 1, gradients in {kind}" for kind in ("fp32", "bf16"))
+    assert full_points == [(1, 1.0, 1.0), (2, 1.8, 0.9)]
+    assert half_points == [(1, 1.0, 1.0), (2, 1.9, 0.95)]
+    assert full_style["linestyle"] != half_style["linestyle"]
+    assert [label for label, _, _ in scaling_picture.curves(rows[2:])] == ["slope, accumulation 1"]
+
+
+def test_cpu_threads_are_one_a_process_unless_said_otherwise(monkeypatch, tmp_path, read):
+    seen = {}
+
+    def run(command, env, stdout):
+        seen.update(command=command, threads=env["OMP_NUM_THREADS"])
+        (tmp_path / "2.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    args = read("--models", "slope", "--optimizer", "lamb")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    scaling.launch(2, args, tmp_path)
+    assert seen["threads"] == "1"
+    words = seen["command"][seen["command"].index(scaling.__file__) + 1 :]
+    assert "--nproc_per_node=2" in seen["command"]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+    again = vars(scaling.read_flags())  # a launch measures what the command was asked for
+    assert {name: again[name] for name in scaling.FORWARDED} == {name: vars(args)[name] for name in scaling.FORWARDED}
+    assert again["rounds"] == args.rounds == 2
+    assert os.environ.get("OMP_NUM_THREADS") is None
