@@ -409,12 +409,6 @@ def named_layers(model: nn.Module, kind: type = SparseLinear) -> list[tuple[str,
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
-def set_operand_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the sparse products of the whole model run in `dtype`."""
-    for _, layer in named_layers(model):
-        layer.set_operand_dtype(dtype)
-
-
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the dense model that computes the same outputs: W^R with zeros, adapters merged.
 

@@ -82,16 +82,10 @@ def _cache_file(device: torch.device) -> Path:
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """The first process of a machine measures and the others read what it found, so that all choose alike."""
-    try:
-        lock = build.locked(path.with_suffix(".lock"))
-        lock.__enter__()
-    except OSError:  # a cache that cannot be written: each process measures for itself
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: each process measures for itself
+            stack.enter_context(build.locked(path.with_suffix(".lock")))
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _read(path: Path) -> dict:

@@ -71,16 +71,14 @@ inline EncodeTiled encode_function() {
   return function;
 }
 
-// A row-major matrix of 2-byte elements, read or written in boxes of 64, 32 or 16 columns, swizzled by their width.
+// A row-major matrix of 2-byte elements, read or written in boxes of 64 or 32 columns, swizzled by their width.
 template <class Element>
 bool tensor_map(CUtensorMap* map, void const* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
                 int box_columns) {
   cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
   cuuint32_t box[2] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, step[2] = {1, 1};
   auto type = std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                 : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                     : CU_TENSOR_MAP_SWIZZLE_32B;
+  auto swizzle = box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   return encode_function()(map, type, 2, const_cast<void*>(data), size, strides, box, step,
                            CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

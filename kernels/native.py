@@ -26,7 +26,7 @@ _SIGNATURES = {
         "slope_gemm_variants": (),
     },
 }
-# slope::Call of sparse_gemm.cuh: one packed argument costs a fifth of sixteen.
+# slope::Call of sparse_gemm.cuh: one packed argument costs a quarter of sixteen.
 _CALL = struct.Struct("7P4qP4i")
 
 

@@ -13,7 +13,7 @@ from shard_factory import write_shard
 from torch import nn
 
 from optimization import Lamb
-from sparse_ops import OperandRefresh, SparseLinear, nm_mask, set_operand_dtype
+from sparse_ops import OperandRefresh, SparseLinear, nm_mask
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_training_on_gpu_follows_the_cpu(fused):
     layers = [sparse_layer(4, True).double(), sparse_layer(4, True).double().cuda()]
     inputs = torch.randn(10, 5, 64, dtype=torch.float64)
     for layer in layers:
-        set_operand_dtype(layer, torch.float64)
+        layer.set_operand_dtype(torch.float64)
         optimizer = Lamb(layer.parameters(), lr=1e-2, fused=fused)
         OperandRefresh(layer).attach(optimizer)
         for x in inputs.to(layer.values.device):

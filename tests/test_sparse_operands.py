@@ -25,7 +25,8 @@ from sparse_layers import (
 from sparse_reference import kept_of_every_group, kept_twice, stored_values
 from torch import nn
 
-from sparse_ops import OperandRefresh, SparseLinear, add_adapters, set_operand_dtype
+from kernels.backends import select_backends
+from sparse_ops import OperandRefresh, SparseLinear, add_adapters
 from training.errors import UsageError
 
 
@@ -106,7 +107,7 @@ def test_operands_can_be_widened_again(case):
 def test_operand_dtype_of_a_whole_model():
     layers = [make_layer(case, bias=False, dtype=torch.float32)[0] for case in ((4, True), (60, None))]
     model = nn.Sequential(layers[0], nn.Linear(OUT, IN), layers[1])
-    set_operand_dtype(model, torch.bfloat16)
+    select_backends(model, "dense", torch.bfloat16, tokens=8, report=print)
     for layer in layers:
         assert torch.equal(executed(layer)[0], weights_of(layer, layer.mask()).bfloat16())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
