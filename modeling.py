@@ -7,22 +7,35 @@ A tensor's name ends in its shape:
     B  sequences of the micro-batch     S  tokens of a sequence     P  masked positions of a sequence
     A  attention heads                  D  size of a head           H  hidden size, A * D
     V  vocabulary size, padded          C  classes                  I  intermediate size
+    T  tokens of all sequences, end to end
+
+The encoder takes sequences in two forms: padded to one length, [B, S, H] with a mask, or end to end, [T, H] with a
+`Packing` that says where each begins; a T in a name there stands for either form's leading dimensions.
 """
 
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import dense_parts
+from kernels.dense_parts import dropout_add_layer_norm
 from training.errors import UsageError
 
+
+def gelu(x: Tensor) -> Tensor:
+    """x * Phi(x), exact; not the approximation through tanh."""
+    return dense_parts.gelu(x) if torch.compiler.is_compiling() else F.gelu(x)
+
+
 ACTIVATIONS = {
-    "gelu": F.gelu,  # exact: x * Phi(x), through erf
+    "gelu": gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
@@ -144,6 +157,42 @@ def _layer_norm(config: BertConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
+class Packing(NamedTuple):
+    """Where the sequences of a micro-batch lie when no padding stands between them.
+
+    What fills the T tokens up to a round number is a last sequence of its own, which may have no token.
+    """
+
+    boundaries: Tensor
+    """Where each sequence begins, and where the last one ends, int32 [B + 2]: 0, ..., T."""
+    positions: Tensor
+    """Place of each token within its sequence, int64 [T]."""
+    longest: int
+    """No sequence is longer."""
+
+
+Attention = Packing | Tensor | None  # a mask, bool [B, 1, 1, S], goes with padded sequences; None: all of one length
+
+
+def packed_attention(query_TAD: Tensor, key_TAD: Tensor, value_TAD: Tensor, packing: Packing, dropout_p: float):
+    """Softmax attention of every token to those of its own sequence, [T, A, D].
+
+    On CUDA torch's flash attention for sequences of different lengths, in bf16 or fp16; elsewhere, with a mask over
+    all pairs of tokens, what it is compared with.
+    """
+    boundaries, longest = packing.boundaries, packing.longest
+    if query_TAD.is_cuda:  # not torch.nn.attention.varlen, which has no dropout
+        return torch.ops.aten._flash_attention_forward(
+            *(query_TAD, key_TAD, value_TAD, boundaries, boundaries, longest, longest, dropout_p),
+            is_causal=False,
+            return_debug_mask=False,
+        )[0]
+    tokens = torch.arange(query_TAD.shape[0], dtype=boundaries.dtype, device=boundaries.device)
+    sequence_T = torch.bucketize(tokens, boundaries[1:], right=True)
+    inputs = (tensor.transpose(0, 1) for tensor in (query_TAD, key_TAD, value_TAD))
+    return F.scaled_dot_product_attention(*inputs, sequence_T[:, None] == sequence_T, dropout_p).transpose(0, 1)
+
+
 class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -157,8 +206,12 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = _layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids_BS: Tensor, token_type_ids_BS: Tensor) -> Tensor:
-        positions_SH = self.position_embeddings.weight[: input_ids_BS.shape[1]]
+    def forward(self, input_ids_BS: Tensor, token_type_ids_BS: Tensor, positions_T: Tensor | None = None) -> Tensor:
+        """Without `positions_T`, each row begins at position 0."""
+        if positions_T is None:
+            positions_SH = self.position_embeddings.weight[: input_ids_BS.shape[1]]
+        else:
+            positions_SH = self.position_embeddings(positions_T)
         words_BSH = self.word_embeddings(input_ids_BS)
         types_BSH = self.token_type_embeddings(token_type_ids_BS)
         return self.dropout(self.LayerNorm(words_BSH + types_BSH + positions_SH))
@@ -173,18 +226,25 @@ class BertSelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        query_BASD, key_BASD, value_BASD = (
-            projection(hidden_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
+        heads_TAD = [
+            projection(hidden_TH).unflatten(-1, (self.num_heads, -1))
             for projection in (self.query, self.key, self.value)
-        )
+        ]
         dropout_p = self.dropout_prob if self.training else 0.0
-        context_BASD = F.scaled_dot_product_attention(query_BASD, key_BASD, value_BASD, mask_B11S, dropout_p)
+        if isinstance(attention, Packing):
+            return packed_attention(*heads_TAD, attention, dropout_p).flatten(1)
+        query_BASD, key_BASD, value_BASD = (heads_BSAD.transpose(1, 2) for heads_BSAD in heads_TAD)
+        context_BASD = F.scaled_dot_product_attention(query_BASD, key_BASD, value_BASD, attention, dropout_p)
         return context_BASD.transpose(1, 2).flatten(2)
 
 
 class BertResidualOutput(nn.Module):
-    """LayerNorm(residual + dropout(dense(x))): the end of both halves of a block (post-LN)."""
+    """LayerNorm(residual + dropout(dense(x))): the end of both halves of a block (post-LN).
+
+    Added up and normalised in fp32, returned in the products' dtype: under autocast the blocks hand 16-bit numbers on,
+    as NVIDIA's half-precision BERT does.
+    """
 
     def __init__(self, config: BertConfig, in_features: int):
         super().__init__()
@@ -192,8 +252,14 @@ class BertResidualOutput(nn.Module):
         self.LayerNorm = _layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, residual_BSH: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual_BSH)
+    def forward(self, x: Tensor, residual_TH: Tensor) -> Tensor:
+        y_TH = self.dense(x)
+        if torch.compiler.is_compiling():
+            probability = self.dropout.p if self.training else 0.0
+            norm = self.LayerNorm
+            return dropout_add_layer_norm(y_TH, residual_TH, norm.weight, norm.bias, probability, norm.eps)
+        exact = torch.promote_types(y_TH.dtype, torch.float32)
+        return self.LayerNorm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
 
 
 class BertAttention(nn.Module):
@@ -202,8 +268,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        return self.output(self.self(hidden_BSH, mask_B11S), hidden_BSH)
+    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
+        return self.output(self.self(hidden_TH, attention), hidden_TH)
 
 
 class BertIntermediate(nn.Module):
@@ -212,8 +278,8 @@ class BertIntermediate(nn.Module):
         self.dense = _linear(config, config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_BSH))
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden_TH))
 
 
 class BertLayer(nn.Module):
@@ -225,9 +291,9 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        hidden_BSH = self.attention(hidden_BSH, mask_B11S)
-        return self.output(self.intermediate(hidden_BSH), hidden_BSH)
+    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
+        hidden_TH = self.attention(hidden_TH, attention)
+        return self.output(self.intermediate(hidden_TH), hidden_TH)
 
 
 class BertEncoder(nn.Module):
@@ -238,13 +304,13 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = False
 
-    def forward(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
+    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
         for block in self.layer:
             if self.checkpoint_activations:
-                hidden_BSH = checkpoint(block, hidden_BSH, mask_B11S, use_reentrant=False, preserve_rng_state=True)
+                hidden_TH = checkpoint(block, hidden_TH, attention, use_reentrant=False, preserve_rng_state=True)
             else:
-                hidden_BSH = block(hidden_BSH, mask_B11S)
-        return hidden_BSH
+                hidden_TH = block(hidden_TH, attention)
+        return hidden_TH
 
 
 class BertPooler(nn.Module):
@@ -252,8 +318,9 @@ class BertPooler(nn.Module):
         super().__init__()
         self.dense = _linear(config, config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden_BSH[:, 0]))
+    def forward(self, first_BH: Tensor) -> Tensor:
+        """Takes the first token of each sequence."""
+        return torch.tanh(self.dense(first_BH))
 
 
 class BertModel(nn.Module):
@@ -266,16 +333,23 @@ class BertModel(nn.Module):
         self.pooler = BertPooler(config) if add_pooling_layer else None
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | None
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | Packing | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the last block's output [B, S, H] and the pooled output [B, H] (None without a pooler).
 
         input_ids, token_type_ids, attention_mask: [B, S]. The mask is 1 at a real token and 0 at padding; None means
         that there is no padding. S may not exceed max_position_embeddings.
+        With a `Packing` as the mask, ids and types are [T] and the last block's output is [T, H].
         """
-        mask_B11S = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        hidden_BSH = self.encoder(self.embeddings(input_ids, token_type_ids), mask_B11S)
-        return hidden_BSH, None if self.pooler is None else self.pooler(hidden_BSH)
+        if isinstance(attention_mask, Packing):
+            hidden_TH = self.embeddings(input_ids, token_type_ids, attention_mask.positions)
+            hidden_TH = self.encoder(hidden_TH, attention_mask)
+            first_BH = None if self.pooler is None else hidden_TH.index_select(0, attention_mask.boundaries[:-2])
+        else:
+            mask_B11S = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+            hidden_TH = self.encoder(self.embeddings(input_ids, token_type_ids), mask_B11S)
+            first_BH = hidden_TH[:, 0]
+        return hidden_TH, None if self.pooler is None else self.pooler(first_BH)
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -327,21 +401,24 @@ class BertForPreTraining(nn.Module):
         self,
         input_ids: Tensor,
         token_type_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Packing | None,
         masked_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the token scores [B, P, V] and the next-sentence scores [B, 2] (None without that head).
 
-        masked_positions [B, P] says which tokens to score, any unused place of it 0; None scores all, [B, S, V].
+        masked_positions [B, P] says which tokens to score, any unused place of it 0; None scores all, [B, S, V]. With
+        a `Packing` these are places among all T tokens, and an unused one is any token of the sequence.
         The rest is as in BertModel. Next-sentence score 0 is for the real next sentence, 1 for a random one.
         """
-        hidden_BSH, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
+        hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
         if masked_positions is not None:
-            # P is fixed, so that shapes are static. The backward pass adds into hidden_BSH in no fixed order, which
+            # P is fixed, so that shapes are static. The backward pass adds into `hidden` in no fixed order, which
             # changes nothing: used positions differ, and what unused ones add is exactly 0 (their label is ignored).
-            index_BPH = masked_positions.unsqueeze(-1).expand(-1, -1, hidden_BSH.shape[-1])
-            hidden_BSH = hidden_BSH.gather(1, index_BPH)
-        prediction_scores = self.cls.predictions(hidden_BSH)
+            if isinstance(attention_mask, Packing):
+                hidden = hidden.index_select(0, masked_positions.flatten()).unflatten(0, masked_positions.shape)
+            else:
+                hidden = hidden.gather(1, masked_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        prediction_scores = self.cls.predictions(hidden)
         return prediction_scores, None if pooled_BH is None else self.cls.seq_relationship(pooled_BH)
 
 
@@ -398,6 +475,12 @@ class BertForQuestionAnswering(nn.Module):
         hidden_BSH, _ = self.bert(input_ids, token_type_ids, attention_mask)
         start_BS, end_BS = self.qa_outputs(hidden_BSH).unbind(-1)
         return start_BS, end_BS
+
+
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """What torch.compile gets, one by one: blocks of one structure share one compilation."""
+    parts = [model.bert.embeddings, *model.bert.encoder.layer]
+    return [*parts, model.cls.predictions] if hasattr(model, "cls") else parts
 
 
 def encoder_blocks(model: nn.Module) -> list[tuple[str, BertLayer]]:

@@ -6,12 +6,17 @@ are 1-D and are weights all the same.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kernels.build import KernelsUnavailable
 from training.errors import UsageError
+
+if TYPE_CHECKING:
+    from kernels.lamb import LambKernels
 
 BETAS = (0.9, 0.999)
 EPS = 1e-6  # the recipe's, for every optimizer that has one; torch's own default is 1e-8
@@ -36,8 +41,10 @@ class Lamb(Optimizer):
         lr: a number or a 0-dim tensor (a captured CUDA graph reads the tensor anew at each replay).
         bias_correction: False leaves out both divisions by 1 - beta^t.
         max_grad_norm: infinity turns clipping off.
-        fused: True updates a group in a few `torch._foreach_*` calls instead of one tensor at a time: the same
-            numbers to rounding, and no transfer from the device in either form.
+        fused: True takes the fastest form for where the parameters are, and all forms give the same numbers to
+            rounding: on CUDA the kernels of kernels/lamb.py, where they run (`lamb_kernels`) and all tensors are
+            contiguous and fp32; else a few `torch._foreach_*` calls a group. False is the definition, one tensor at a
+            time. No form transfers anything from the device.
 
     State of a parameter: `step` (int), `exp_avg`, `exp_avg_sq` (its shape; fp32 also for a half-precision parameter).
     Gradients are left as they are (NVIDIA's kernel overwrites them).
@@ -53,7 +60,7 @@ class Lamb(Optimizer):
         bias_correction: bool = True,
         grad_averaging: bool = True,
         max_grad_norm: float = 1.0,
-        fused: bool = False,
+        fused: bool = True,
     ):
         defaults = {
             "lr": lr,
@@ -66,6 +73,7 @@ class Lamb(Optimizer):
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
         self.fused = fused
+        self._kernels: dict[torch.device, LambKernels | None] = {}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -75,15 +83,27 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        gradients = [p.grad for params in members for p in params]
-        if not gradients:
+        if not any(members):
             return loss
+        states = [[self._advance(p) for p in params] for params in members]
+        kernels = self._kernels_on(next(filter(None, members))[0].device) if self.fused else None
+        if kernels is not None and kernels.step(self.param_groups, members, states, self.max_grad_norm):
+            return loss
+        gradients = [p.grad for params in members for p in params]
         clip = (nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp(min=1.0)
-        update_group = self._update_fused if self.fused else self._update_each
-        for group, params in zip(self.param_groups, members, strict=True):
+        update_group = self._update_foreach if self.fused else self._update_each
+        for group, params, own in zip(self.param_groups, members, states, strict=True):
             if params:
-                update_group(group, params, [self._advance(p) for p in params], clip)
+                update_group(group, params, own, clip)
         return loss
+
+    def _kernels_on(self, device: torch.device) -> "LambKernels | None":
+        if device not in self._kernels:
+            try:
+                self._kernels[device] = lamb_kernels(device)
+            except KernelsUnavailable:
+                self._kernels[device] = None
+        return self._kernels[device]
 
     def _advance(self, parameter: Tensor) -> dict:
         """The parameter's state, with its step count moved on by one."""
@@ -109,7 +129,7 @@ class Lamb(Optimizer):
                 scale = group["lr"] * _trust_ratio(torch.linalg.vector_norm(p), torch.linalg.vector_norm(update))
             p.sub_(update * scale)
 
-    def _update_fused(self, group: dict, params: list[Tensor], states: list[dict], clip: Tensor) -> None:
+    def _update_foreach(self, group: dict, params: list[Tensor], states: list[dict], clip: Tensor) -> None:
         """`_update_each` for the whole group at once, operation by operation."""
         (beta1, beta2), weight_decay = group["betas"], group["weight_decay"]
         corrections1, corrections2 = zip(*(_bias_corrections(group, state["step"]) for state in states), strict=True)
@@ -133,6 +153,20 @@ class Lamb(Optimizer):
         else:
             torch._foreach_mul_(updates, group["lr"])
         torch._foreach_sub_(params, updates)
+
+
+def lamb_kernels(device: torch.device) -> "LambKernels":
+    """What `Lamb` steps with on `device`.
+
+    Raises:
+        KernelsUnavailable: `Lamb` steps in its `torch._foreach_*` form there; the message says why, in one line.
+    """
+    if device.type != "cuda":
+        raise KernelsUnavailable(f"LAMB's kernels need a CUDA device, and this is {device.type}")
+    from kernels import lamb  # imports Triton, which CPU builds of torch lack
+
+    lamb.check_device(device)
+    return lamb.LambKernels(device)
 
 
 def _zero_moment(parameter: Tensor) -> Tensor:
@@ -206,11 +240,12 @@ def _apex_fused_lamb() -> type[Optimizer] | None:
 def _fused_lamb(groups: list[dict], lr: float, max_grad_norm: float) -> Optimizer:
     lamb = _apex_fused_lamb() if _on_cuda(groups) else None
     if lamb is None:
-        return Lamb(groups, lr, max_grad_norm=max_grad_norm, fused=True)
+        return Lamb(groups, lr, max_grad_norm=max_grad_norm)
     return lamb(groups, lr=lr, betas=BETAS, eps=EPS, max_grad_norm=max_grad_norm)
 
 
-# --optimizer's choices. `adamw` decouples the weight decay, `adam` adds it to the gradient, `sgd` has no momentum.
+# --optimizer's choices. `lamb` is ours, `fused-lamb` is apex's where there is one. `adamw` decouples the weight decay,
+# `adam` adds it to the gradient, `sgd` has no momentum.
 OPTIMIZERS = {
     "lamb": lambda groups, lr, max_grad_norm: Lamb(groups, lr, max_grad_norm=max_grad_norm),
     "fused-lamb": _fused_lamb,
@@ -237,7 +272,7 @@ def build_optimizer(name: str, groups: list[dict], lr: float, max_grad_norm: flo
 
 
 def optimizer_kind(optimizer: Optimizer) -> str:
-    """`lamb` (ours, plain or fused, and apex's), `adamw`, `adam` or `sgd`."""
+    """`lamb` (ours and apex's), `adamw`, `adam` or `sgd`."""
     return KINDS[type(optimizer).__name__]
 
 

@@ -4,7 +4,7 @@
     python3 benchmarks/scaling.py --output scaling.json --picture scaling.png         # 1, 2, 4, ... up to all GPUs
     torchrun --standalone --nproc_per_node 8 benchmarks/scaling.py --output 8.json    # one of these launches alone
 
-The step is run_pretraining.py's own (`PretrainingRun.take_step`: DDP, LAMB, losses summed over all processes), with
+The step is run_pretraining.py's own (`PretrainingRun.give_step`: DDP, LAMB, losses summed over all processes), with
 random sequences, as many for each process whatever their number. Its learning rate is 0: the processes stay alike, also
 where their gradients are not averaged. In each launch three ways of taking it take turns, a sample each a round:
 
@@ -31,31 +31,26 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import Report, benchmark_parser, environment, names_among, parse_benchmark_flags
+from benchmarks.common import benchmark_parser, names_among, parse_benchmark_flags
 from benchmarks.scaling_picture import draw
 from benchmarks.timing import GpuState, GpuWatch, Spread
-from modeling import BertConfig, BertForPreTraining
-from run_pretraining import Counts, PretrainingRun, parse_arguments
-from training.assembly import build_model
+from benchmarks.training_step import MODELS, MachineReport, TrainingStep, machine, own_command, run_flags
+from modeling import BertConfig
 from training.distributed import World, gather_objects, process_group, sum_over_ranks, this_process
-from training.engine import Engine
 from training.errors import UsageError
 from training.flags import Parser, real, run_door, whole
-from training.sparsity import sparsity_from_flags
 
 CONFIG = Path(__file__).resolve().parent.parent / "config" / "bert_large_uncased_config.json"
-MODELS = {"dense": "none", "slope": "static-weight"}  # and their --pruned_matrix
 BYTES = {"fp32": 4, "bf16": 2}
-PREDICTED = 0.15  # of the tokens: 20 of 128, the recipe's
 # Flags that a launch takes over from the command that starts it, besides --rounds.
 FORWARDED = (
     *("models", "accumulations", "gradient_communication", "dtype", "local_batch_size", "sequence_length"),
@@ -120,58 +115,23 @@ def read_flags() -> argparse.Namespace:
     return args
 
 
-def training_flags(args, model: str) -> argparse.Namespace:
+def training_flags(args, model: str) -> SimpleNamespace:
     """The flags of run_pretraining.py that stand for the rest of the training."""
-    files = ("--input_dir", "random", "--output_dir", "none", "--model_config_file", args.model_config_file)
-    kind = ("--optimizer", args.optimizer, "--precision", args.dtype, "--pruned_matrix", MODELS[model])
-    return parse_arguments([*files, *kind])
+    names = ("model_config_file", "local_batch_size", "optimizer")
+    return run_flags(model, precision=args.dtype, **{name: getattr(args, name) for name in names})
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
-def random_batch(config: BertConfig, args, accumulation: int, world: World) -> dict[str, Tensor]:
-    """This rank's part of a step, as `StepDataset` describes it: K = `accumulation`, B sequences of S tokens."""
-    generator = torch.Generator().manual_seed(world.rank)
-    leading, length = (accumulation, args.local_batch_size), args.sequence_length
-    predicted = -(-round(100 * PREDICTED) * length // 100)
-
-    def below(limit: int, *shape: int) -> Tensor:
-        return torch.randint(limit, (*leading, *shape), generator=generator)
-
-    batch = {
-        "input_ids": below(config.vocab_size, length),
-        "token_type_ids": (torch.arange(length) >= length // 2).long().expand(*leading, -1).contiguous(),
-        "attention_mask": torch.ones(*leading, length, dtype=torch.int64),
-        "masked_positions": torch.rand(*leading, length, generator=generator)
-        .argsort(-1)[..., :predicted]
-        .sort()
-        .values,
-        "masked_labels": below(config.vocab_size, predicted),
-        "next_sentence_labels": below(2),
-    }
-    return {name: tensor.pin_memory() if world.device.type == "cuda" else tensor for name, tensor in batch.items()}
-
-
-class TrainingStep(PretrainingRun):
-    """The step of run_pretraining.py with one batch, again and again, and nothing else of a run."""
-
-    def __init__(self, args, engine: Engine, batch: Mapping[str, Tensor]):
-        self.args, self.engine, self.world, self.batch = args, engine, engine.world, batch
-        sizes = (batch["masked_labels"].numel(), batch["next_sentence_labels"].numel(), batch["input_ids"].numel())
-        self.counts = Counts(*(float(size * self.world.size) for size in sizes))
-
-    def __call__(self) -> None:
-        sum_over_ranks(self.world, [0.0] * (len(fields(Counts)) + 2))  # as `next_batch` does
-        self.take_step(1, self.batch, self.counts, rate=0.0)
-
-
-def ways_of(engine: Engine) -> dict[str, Engine]:
-    """The engine as it is, without averaging, and as the only process; all three share model and optimizer."""
-    if engine.world.size == 1:
-        return {"together": engine}
-    apart, alone = copy.copy(engine), copy.copy(engine)
-    apart.accumulate = lambda last: engine.parallel.no_sync()
-    alone.world, alone.parallel = replace(engine.world, size=1), engine.model
-    return {"together": engine, "apart": apart, "alone": alone}
+def ways_of(step: TrainingStep) -> dict[str, TrainingStep]:
+    """The step as it is, without averaging, and as the only process's; all three share model and optimizer."""
+    if step.world.size == 1:
+        return {"together": step}
+    apart, alone = copy.copy(step), copy.copy(step)
+    apart.engine, alone.engine = copy.copy(step.engine), copy.copy(step.engine)
+    apart.engine.accumulate = lambda last: step.engine.parallel.no_sync()
+    alone.world = alone.engine.world = replace(step.world, size=1)
+    alone.engine.parallel = step.engine.model
+    return {"together": step, "apart": apart, "alone": alone}
 
 
 def gradient_bytes(model: nn.Module, communication: str) -> int:
@@ -185,7 +145,7 @@ class Sampler:
     """Times the ways of taking a step, on all processes at once."""
 
     world: World
-    steps: Mapping[str, Callable[[], None]]
+    steps: Mapping[str, TrainingStep]
     """By way, the base first."""
     repeats: int = 1
     """Steps of a sample."""
@@ -196,8 +156,7 @@ class Sampler:
         elapsed = 0.0
         if way != "alone" or self.world.is_main:
             began = time.perf_counter()
-            for _ in range(self.repeats):
-                self.steps[way]()
+            self.steps[way].take(self.repeats)
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
             elapsed = time.perf_counter() - began
@@ -228,43 +187,35 @@ def summary(rounds: list[dict[str, float]], tokens: int) -> dict:
 def measure_model(model: str, args, world: World, report) -> list[str]:
     """All rows of one model, with every accumulation and communication; lines about what ran its sparse products."""
     config, flags = BertConfig.from_json_file(args.model_config_file), training_flags(args, model)
-
-    def make_model() -> nn.Module:
-        with world.device:  # where masks are chosen in a moment
-            return BertForPreTraining(config)
-
-    notes: list[str] = []
-    built = build_model(make_model, sparsity_from_flags(flags), seed=flags.seed)
-    engine = Engine(built, world, flags, args.local_batch_size * args.sequence_length, notes.append)
+    step = TrainingStep(flags, config, world, args.sequence_length)
     for communication in args.gradient_communication if world.size > 1 else args.gradient_communication[:1]:
         flags.gradient_communication = communication
-        engine.connect()
+        step.connect()
         for accumulation in args.accumulations:
-            batch = random_batch(config, args, accumulation, world)
-            steps = {way: TrainingStep(flags, variant, batch) for way, variant in ways_of(engine).items()}
+            step.repeat(accumulation)
             watching = GpuWatch() if world.device.type == "cuda" and world.is_main else None
             with watching or nullcontext():
-                rounds = Sampler(world, steps).rounds(args.rounds, args.sample_seconds)
-            reduced = gradient_bytes(built, communication) if world.size > 1 else 0
+                rounds = Sampler(world, ways_of(step)).rounds(args.rounds, args.sample_seconds)
+            reduced = gradient_bytes(step.model, communication) if world.size > 1 else 0
             cell = {
                 "processes": world.size,
                 "model": model,
                 "accumulation": accumulation,
                 "gradients": communication if world.size > 1 else None,
-                **summary(rounds, world.size * batch["input_ids"].numel()),
+                **summary(rounds, flags.global_batch_size * args.sequence_length),
                 "all_reduced_bytes": reduced,
                 "gpu": watching.state if watching else GpuState(None, None, None),
             }
             report.row(cell)
-    engine.disconnect()
-    return notes
+    step.engine.disconnect()
+    return step.notes
 
 
 def measure(args) -> None:
     """One process of a launch by torchrun, or the only one there is."""
     world = this_process()
     with process_group(world):
-        report = ScalingReport(args, machine(world)) if world.is_main else SILENT
+        report = ScalingReport("scaling", args, machines(world)) if world.is_main else SILENT
         report.table(title(args), COLUMNS)
         for note in [note for model in args.models for note in measure_model(model, args, world, report)]:
             report.note(note)
@@ -272,28 +223,14 @@ def measure(args) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- results
-def machine(world: World) -> dict:
-    """What a reader has to know of the machine; CPUs where there is no GPU."""
-    if world.device.type == "cuda":
-        known = environment()
-        return known | {"gpu": f"{torch.cuda.device_count()} x {known['gpu']}"}
-    nothing = dict.fromkeys(("driver", "power_limit_watts", "max_sm_mhz", "cuda", "cusparselt"))
-    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    name = f"no GPU but {os.cpu_count()} processors"
-    return nothing | {"date": now, "command": own_command(), "gpu": name, "torch": torch.__version__}
+def machines(world: World) -> dict:
+    """What a reader has to know of the machine, with its number of GPUs."""
+    known = machine(world)
+    return known | {"gpu": f"{torch.cuda.device_count()} x {known['gpu']}"} if world.device.type == "cuda" else known
 
 
-def own_command() -> str:
-    return " ".join(["python3", *sys.argv])
-
-
-class ScalingReport(Report):
+class ScalingReport(MachineReport):
     """A report of what other processes measured: it is told which machine they ran on, and adds shares of dense."""
-
-    def __init__(self, args, known: dict):
-        self.output, self.began = args.output, time.monotonic()
-        self.content = {"benchmark": "scaling", "environment": known, "settings": vars(args), "rows": []}
-        print(self._heading(), flush=True)
 
     def row(self, record: dict) -> None:
         """Add a result; its bytes also as a share of those of the dense model, averaged in fp32."""
@@ -372,7 +309,7 @@ def compare(args) -> None:
         for processes in args.processes:
             found = launch(processes, args, Path(folder))
             if report is None:
-                report = ScalingReport(args, found["environment"] | {"command": own_command()})
+                report = ScalingReport("scaling", args, found["environment"] | {"command": own_command()})
                 report.table(title(args), COLUMNS)
             for row in found["rows"]:
                 rows.append(restored(row))

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from data.loader import Batch, StepLoader, step_loader
 from data.masking import IGNORED_LABEL, MaskingRule, mask_tokens, random_bits, random_key, random_order
+from data.packing import pack_step
 from data.shard_files import ShardSet
 from training.errors import UsageError
 
@@ -58,6 +59,7 @@ class StepDataset(Dataset):
         masked_positions [K, B, P]      ascending, then 0 where unused
         masked_labels [K, B, P]         original ids, -1 where unused
         next_sentence_labels [K, B]     1 = random next sentence, 0 = the real one, -1 = none
+    With `pack_multiple` it is what `data.packing.pack_step` makes of that.
 
     At most two shards are held in memory (per worker process).
     """
@@ -79,6 +81,7 @@ class StepDataset(Dataset):
         start_sample: int = 0,
         shuffle: bool = True,
         total_samples: int | None = None,
+        pack_multiple: int | None = None,
     ):
         """Describe the steps; no data is read yet.
 
@@ -96,6 +99,7 @@ class StepDataset(Dataset):
             start_sample: samples that earlier steps consumed.
             shuffle: False reads the samples in the order of the files.
             total_samples: end of the global sequence; None is no end.
+            pack_multiple: let the sequences of a micro-step lie end to end, filled up to a multiple of so many tokens.
 
         Raises:
             UsageError: unmasked shards without a mask token id within the vocabulary.
@@ -112,6 +116,7 @@ class StepDataset(Dataset):
         self.steps = steps
         self.start_sample = start_sample
         self.end_sample = total_samples
+        self.pack_multiple = pack_multiple
         self._order = SampleOrder(shards.counts, seed, shuffle)
         self._masking_key = random_key(seed, _MASKING)
         self._loaded = _Recent(_SHARDS_IN_MEMORY)
@@ -131,7 +136,10 @@ class StepDataset(Dataset):
         gathered, keys = self._gather(position, np.flatnonzero(real))
         batch = _ASSEMBLE[self.shards.layout](gathered, keys, self.rule)
         leading = (self.micro_steps, self.local_batch_size)
-        return {name: torch.from_numpy(array.reshape(*leading, *array.shape[1:])) for name, array in batch.items()}
+        batch = {name: array.reshape(*leading, *array.shape[1:]) for name, array in batch.items()}
+        if self.pack_multiple is not None:
+            batch = pack_step(batch, self.pack_multiple)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _gather(self, position: np.ndarray, real: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The samples at `position` [R], of which only those numbered `real` exist, and their masking streams [R]."""

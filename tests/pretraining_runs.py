@@ -255,6 +255,11 @@ def metrics(output: Path, prefix: str = "logfile") -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def values(output: Path, column: str = "step_loss") -> list[float]:
+    """Of every row that has any."""
+    return [float(row[column]) for row in metrics(output) if row[column]]
+
+
 def losses(output: Path, prefix: str = "logfile") -> list[tuple[int, str]]:
     """(step, step_loss as written) of every row."""
     return [(int(row["step"]), row["step_loss"]) for row in metrics(output, prefix)]

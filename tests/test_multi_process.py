@@ -18,9 +18,9 @@ from pretraining_runs import (
     assembled,
     begin_ranks,
     losses,
-    metrics,
     run,
     uneven_batch,
+    values,
     wait_for_step,
     write_model,
 )
@@ -33,10 +33,6 @@ LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     "launch": ["torch.distributed.launch", "--nproc_per_node=1", "--master_port=0"],
 }
-
-
-def values(output: Path, column: str = "step_loss") -> list[float]:
-    return [float(row[column]) for row in metrics(output) if row[column]]
 
 
 def without_dropout(files: TrainingFiles, output: Path, **changes) -> list[str]:
@@ -71,7 +67,7 @@ def test_two_processes_train_as_one_does(files, tmp_path, batch):
 # ----------------------------------------------------------------------------------------------------------- gradients
 def record_gradients(flags: list[str], result: Path) -> None:
     """Called in each rank in place of a run: one step on an uneven batch, and when gradients were averaged."""
-    from run_pretraining import Counts
+    from training.pretraining import Counts
 
     begun = assembled(flags)
     world, engine = begun.world, begun.engine
@@ -92,7 +88,7 @@ def record_gradients(flags: list[str], result: Path) -> None:
         engine.parallel.register_comm_hook(None, average)
         begun.forward = count
         engine.step = lambda rate: taken.update({n: p.grad.clone() for n, p in engine.model.named_parameters()})
-        losses = begun.take_step(1, uneven_batch(world.rank, world.size), Counts(6, 3, 0), rate=0.0)
+        losses = begun.losses_of(begun.give_step(1, uneven_batch(world.rank, world.size), Counts(6, 3, 0), 0.0))
     torch.save({"gradients": taken, "losses": losses, "syncs": syncs}, f"{result}.{world.rank}")
     sys.exit(0)
 
@@ -127,7 +123,7 @@ def record_averages(flags: list[str], result: Path) -> None:
 
     def gradients(name: str) -> None:
         engine.step = lambda rate: taken.update({name: {n: p.grad.clone() for n, p in engine.model.named_parameters()}})
-        begun.take_step(1, batch, counts, rate=0.0)
+        begun.losses_of(begun.give_step(1, batch, counts, 0.0))
         engine.optimizer.zero_grad()
 
     with process_group(begun.world):

@@ -136,10 +136,11 @@ def test_lamb_is_fused_lamb_step_by_step(fused, scale, averaging, correction):
         np.testing.assert_allclose(w.numpy(), expected[name], rtol=2e-5, atol=2e-6, err_msg=name)
 
 
-def test_lamb_in_float64_is_the_reference_to_the_last_digits():
+@pytest.mark.parametrize("fused", [False, True])
+def test_lamb_in_float64_is_the_reference_to_the_last_digits(fused):
     model = Toy().double()
     start = {name: w.numpy() for name, w in weights(model).items()}
-    gradients, optimizer = [], build("lamb", model)
+    gradients, optimizer = [], Lamb(parameter_groups(model, 0.01, 1e-4), 0.05, fused=fused)
     for seed in range(12):
         put_gradients(model, seed)
         gradients.append({name: p.grad.numpy().copy() for name, p in model.named_parameters()})
@@ -149,10 +150,11 @@ def test_lamb_in_float64_is_the_reference_to_the_last_digits():
         np.testing.assert_allclose(w.numpy(), expected[name], rtol=1e-12, err_msg=name)
 
 
-def test_plain_and_fused_lamb_agree_and_leave_the_gradients_alone():
+@pytest.mark.parametrize("name", ["lamb", "fused-lamb"])
+def test_lamb_agrees_with_its_definition_and_leaves_the_gradients_alone(name):
     plain, fused = Toy(adapters=True), Toy(adapters=True)
-    train(plain, build("lamb", plain), range(20))
-    train(fused, build("fused-lamb", fused), range(20))
+    train(plain, Lamb(parameter_groups(plain, 0.01, 1e-4), 0.05, fused=False), range(20))
+    train(fused, build(name, fused), range(20))
     assert_equal(weights(fused), weights(plain), rtol=1e-6, atol=1e-7)
     put_gradients(plain, 19)
     for ours, expected in zip(fused.parameters(), plain.parameters(), strict=True):
@@ -161,9 +163,9 @@ def test_plain_and_fused_lamb_agree_and_leave_the_gradients_alone():
 
 def test_lamb_skips_parameters_without_a_gradient_and_counts_their_steps_apart():
     results = []
-    for name in ("lamb", "fused-lamb"):
+    for fused in (False, True):
         model = Toy()
-        optimizer = build(name, model)
+        optimizer = Lamb(parameter_groups(model, 0.01, 1e-4), 0.05, fused=fused)
         before = weights(model)
         put_gradients(model, 0)
         model.layer.values.grad = None
@@ -188,6 +190,37 @@ def test_lamb_takes_its_rate_from_a_tensor(fused):
     assert optimizer.param_groups[0]["lr"] is rate
     train(by_tensor, optimizer, range(3))
     assert_equal(weights(by_tensor), weights(by_number), rtol=1e-6, atol=1e-7)
+
+
+def test_the_choices_step_in_the_fast_form(monkeypatch):
+    monkeypatch.delattr(Lamb, "_update_each")
+    for name in ("lamb", "fused-lamb"):
+        model = Toy()
+        train(model, build(name, model), range(1))
+
+
+class Kernels:
+    """Kernels of a device, as `Lamb` sees them: they take the step, or leave it to the other form."""
+
+    def __init__(self, takes: bool):
+        self.takes, self.steps = takes, []
+
+    def step(self, groups, members, states, max_norm) -> bool:
+        self.steps.append(([len(params) for params in members], [own[0]["step"] for own in states], max_norm))
+        return self.takes
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_lamb_asks_once_for_a_devices_kernels_and_leaves_the_step_to_them_if_they_take_it(monkeypatch, takes):
+    kernels, asked = Kernels(takes), []
+    monkeypatch.setattr(optimization, "lamb_kernels", lambda device: asked.append(device) or kernels)
+    model, twin = Toy(), Toy()
+    before = weights(model)
+    train(model, Lamb(parameter_groups(model, 0.01, 1e-4), 0.05, max_grad_norm=0.5), range(2))
+    train(twin, Lamb(parameter_groups(twin, 0.01, 1e-4), 0.05, max_grad_norm=0.5, fused=False), range(2))
+    assert asked == [torch.device("cpu")]
+    assert kernels.steps == [([3, 4], [1, 1], 0.5), ([3, 4], [2, 2], 0.5)]
+    assert_equal(weights(model), before if takes else weights(twin), rtol=1e-6, atol=1e-7)
 
 
 def test_lamb_returns_the_closures_loss():

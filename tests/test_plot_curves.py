@@ -14,8 +14,8 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import plot_curves  # noqa: E402  (a script, found through the line above)
 
-from run_pretraining import METRICS  # noqa: E402
 from training.errors import UsageError  # noqa: E402
+from training.pretraining import METRICS  # noqa: E402
 
 
 def write_metrics(

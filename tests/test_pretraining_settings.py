@@ -20,10 +20,10 @@ from pretraining_runs import (
 )
 
 from data.shards import ShardSet, evaluation_dataset, step_loader
-from run_pretraining import Counts
 from sparse_ops import SparseLinear
 from training.assembly import build_pretraining_model
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.pretraining import Counts
 
 # --------------------------------------------------------------------------------------------------- every way to prune
 KINDS = ["none", "static-weight", "dynamic-weight", "static-input", "dynamic-input", "dynamic-output-grad"]
@@ -196,7 +196,7 @@ def test_dropout_depends_on_step_micro_step_and_rank(files, tmp_path):
         begun.world = dataclasses.replace(begun.world, rank=rank)
         rows = uneven_batch().items()
         batch = {name: tensor[:1].expand(micro_step + 1, *tensor.shape[1:]) for name, tensor in rows}
-        return begun.take_step(step, batch, counts, rate=0.0)
+        return begun.losses_of(begun.give_step(step, batch, counts, rate=0.0))
 
     first = losses_of(step=1, rank=0, micro_step=0)
     assert losses_of(step=1, rank=0, micro_step=0) == first
@@ -226,7 +226,7 @@ def test_the_gradient_is_that_of_the_global_means(files, tmp_path):
     taken = {}
     begun.engine.connect()
     begun.engine.step = lambda rate: taken.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    found = begun.take_step(1, batch, Counts(masked_tokens=6, sentence_labels=3, tokens=0), rate=0.0)
+    found = begun.losses_of(begun.give_step(1, batch, Counts(masked_tokens=6, sentence_labels=3, tokens=0), 0.0))
     assert found == pytest.approx((mlm.item(), nsp.item()), rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(taken[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

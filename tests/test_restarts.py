@@ -31,11 +31,11 @@ from training.checkpoint import saved_steps
 # ------------------------------------------------------------------------------------------- on other numbers of ranks
 def record_samples(folder: Path) -> None:
     """Called in each rank before a run: writes down the original token ids of the samples of each step it takes."""
-    from run_pretraining import PretrainingRun
+    from training.pretraining import PretrainingRun
 
-    take_step = PretrainingRun.take_step
+    give_step = PretrainingRun.give_step
 
-    def record(self, step, batch, counts, rate):
+    def record(self, step, batch, counts, *others):
         labels, ids = batch["masked_labels"], batch["input_ids"]
         restored = torch.where(labels >= 0, labels, ids.gather(-1, batch["masked_positions"]))
         # Unused predictions point to position 0, which is never masked.
@@ -44,9 +44,9 @@ def record_samples(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         with (folder / f"rank{self.world.rank}").open("a") as file:
             file.write(json.dumps([step, original[real].tolist()]) + "\n")
-        return take_step(self, step, batch, counts, rate)
+        return give_step(self, step, batch, counts, *others)
 
-    PretrainingRun.take_step = record
+    PretrainingRun.give_step = record
 
 
 def recorded(folder: Path) -> dict[int, list[tuple[int, ...]]]:
@@ -104,17 +104,18 @@ from run_pretraining import main
 from training.engine import Engine
 from training.flags import run_door
 
-backward, calls = Engine.backward, []
+micro_step, calls = Engine.micro_step, []
 
 
-def die_between_micro_steps(self, loss):
-    backward(self, loss)
-    calls.append(loss)
+def die_between_micro_steps(self, batch, last):
+    sums = micro_step(self, batch, last)
+    calls.append(sums)
     if len(calls) == 15 and os.environ["RANK"] == "{rank}" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
+    return sums
 
 
-Engine.backward = die_between_micro_steps
+Engine.micro_step = die_between_micro_steps
 run_door(main)
 """
 

@@ -16,8 +16,10 @@ from pretraining_runs import LENGTH, MODEL, ROOT, begin_ranks, write_model
 
 from benchmarks import scaling, scaling_picture
 from benchmarks.timing import GpuState, Spread
+from benchmarks.training_step import NOT_STOPPED
 from modeling import BertConfig, BertForPreTraining
 from sparse_ops import SparseLinear, named_layers
+from training import pretraining
 from training.distributed import World
 
 CPU = torch.device("cpu")
@@ -63,23 +65,22 @@ def record_traffic(words: list[str], result) -> None:
         return total.then(lambda reduced: reduced.value()[0])
 
     with scaling.process_group(world):
-        model = scaling.build_model(lambda: BertForPreTraining(config), scaling.sparsity_from_flags(flags), seed=0)
-        engine = scaling.Engine(model, world, flags, LENGTH, print)
-        engine.connect()
-        engine.parallel.register_comm_hook(None, count_buckets)
+        step = scaling.TrainingStep(flags, config, world, LENGTH)
+        step.connect()
+        step.engine.parallel.register_comm_hook(None, count_buckets)
         torch.distributed.all_reduce = count_sums
-        batch = scaling.random_batch(config, args, 2, world)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        for way, variant in scaling.ways_of(engine).items():
+        step.repeat(2)
+        before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+        for way, variant in scaling.ways_of(step).items():
             host.clear()
             buckets.clear()
             if way != "alone" or world.is_main:
-                scaling.TrainingStep(flags, variant, batch)()
+                variant.take()
             found[way] = {"host": len(host), "bytes": sum(buckets)}
-        same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        layers = len(named_layers(model, SparseLinear))
-        found |= {"counted": scaling.gradient_bytes(model, "fp32"), "same": same, "layers": layers}
-        engine.disconnect()
+        same = all(torch.equal(tensor, before[name]) for name, tensor in step.model.state_dict().items())
+        layers = len(named_layers(step.model, SparseLinear))
+        found |= {"counted": scaling.gradient_bytes(step.model, "fp32"), "same": same, "layers": layers}
+        step.engine.disconnect()
         del variant
     torch.save(found, f"{result}.{world.rank}")
     sys.exit(0)
@@ -101,39 +102,25 @@ def test_only_together_averages_gradients_and_only_alone_needs_nobody(tmp_path):
         assert found["layers"] == 9  # of 12: query, key and value of the first block stay dense
 
 
-def test_a_process_alone_is_a_whole_world(read):
+def test_a_process_alone_is_a_whole_world(read, monkeypatch):
     args = read()
     flags, config = scaling.training_flags(args, "dense"), BertConfig.from_json_file(args.model_config_file)
-    engine = scaling.Engine(BertForPreTraining(config), World(0, 2, 0, CPU), flags, LENGTH, print)
-    engine.parallel = engine.model
-    ways = scaling.ways_of(engine)
+    step = scaling.TrainingStep(flags, config, World(0, 2, 0, CPU), LENGTH)
+    step.engine.parallel = step.model
+    step.repeat(3)
+    ways = scaling.ways_of(step)
     assert list(ways) == ["together", "apart", "alone"]
-    batch = scaling.random_batch(config, args, 3, World(0, 2, 0, CPU))
-    counts = {way: scaling.TrainingStep(flags, variant, batch).counts for way, variant in ways.items()}
-    masked, labels, tokens = 3 * 2 * 3, 3 * 2, 3 * 2 * LENGTH  # 15% of 16 are 2.4, so 3
-    assert counts["alone"] == scaling.Counts(masked, labels, tokens)
-    assert counts["together"] == counts["apart"] == scaling.Counts(2 * masked, 2 * labels, 2 * tokens)
-    engine.world = World(0, 1, 0, CPU)
-    assert list(scaling.ways_of(engine)) == ["together"]
-
-
-def test_random_batches_are_what_the_model_takes(read):
-    args, config = read(), BertConfig.from_dict(MODEL)
-    batches = [scaling.random_batch(config, args, 3, World(rank, 2, rank, CPU)) for rank in (0, 1)]
-    for batch in batches:
-        assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
-            **dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), (3, 2, LENGTH)),
-            **dict.fromkeys(("masked_positions", "masked_labels"), (3, 2, 3)),
-            "next_sentence_labels": (3, 2),
-        }
-        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-        positions = batch["masked_positions"]
-        assert (positions.diff(dim=-1) > 0).all() and positions.max() < LENGTH
-        for name in ("input_ids", "masked_labels"):
-            assert batch[name].min() >= 0 and batch[name].max() < config.vocab_size
-    assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    args.sequence_length = 128
-    assert scaling.random_batch(config, args, 1, World(0, 1, 0, CPU))["masked_labels"].shape[-1] == 20
+    assert [(way.world.size, way.engine.world.size) for way in ways.values()] == [(2, 2), (2, 2), (1, 1)]
+    assert {id(way.model) for way in ways.values()} == {id(step.model)}
+    monkeypatch.setattr(pretraining, "sum_over_ranks", lambda world, values: [world.size * value for value in values])
+    counts = {name: way.next_batch(way.loader, NOT_STOPPED)[1] for name, way in ways.items()}
+    masked, labels, tokens = 3 * 2 * 4, 3 * 2, 3 * 2 * LENGTH
+    assert counts["alone"] == pretraining.Counts(masked, labels, tokens, tokens * LENGTH)
+    assert counts["together"] == counts["apart"]
+    assert counts["together"] == pretraining.Counts(2 * masked, 2 * labels, 2 * tokens, 2 * tokens * LENGTH)
+    assert flags.global_batch_size == 3 * 2 * 2
+    step.world = World(0, 1, 0, CPU)
+    assert list(scaling.ways_of(step)) == ["together"]
 
 
 # --------------------------------------------------------------------------------------------------------------- timing
@@ -145,7 +132,7 @@ def test_the_ways_take_turns(monkeypatch):
         return {"together": 0.02, "apart": 0.01, "alone": 0.01}[way]
 
     monkeypatch.setattr(scaling.Sampler, "seconds", scripted)
-    steps = dict.fromkeys(("together", "apart", "alone"), lambda: None)
+    steps = dict.fromkeys(("together", "apart", "alone"))
     rounds = scaling.Sampler(World(0, 2, 0, CPU), steps).rounds(3, sample_seconds=0.1)
     names = ["together", "apart", "alone"]
     assert turns == [(way, 1) for way in names * 2] + [(way, 5) for way in names * 3]
@@ -157,9 +144,10 @@ def test_a_sample_is_the_slowest_process_s(monkeypatch):
     monkeypatch.setattr(scaling.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(scaling, "gather_objects", lambda world, own: [own, 6.0])
     taken = []
-    sampler = scaling.Sampler(World(0, 1, 0, CPU), {"together": lambda: taken.append(1)}, repeats=4)
+    step = SimpleNamespace(take=taken.append)
+    sampler = scaling.Sampler(World(0, 1, 0, CPU), {"together": step}, repeats=4)
     assert sampler.seconds("together") == 1.5
-    assert len(taken) == 4
+    assert taken == [4]
 
 
 def test_ratios_and_differences_are_taken_round_by_round():
@@ -210,11 +198,11 @@ def test_as_many_processes_as_gpus(read, monkeypatch, tmp_path):
 def test_each_communication_is_what_the_engine_is_connected_with(monkeypatch, read, ranks, kinds):
     connected, rows = [], []
 
-    def connect(engine):
-        connected.append(engine.args.gradient_communication)
-        engine.parallel = engine.model
+    def connect(step):
+        connected.append(step.engine.args.gradient_communication)
+        step.engine.parallel = step.model
 
-    monkeypatch.setattr(scaling.Engine, "connect", connect)
+    monkeypatch.setattr(scaling.TrainingStep, "connect", connect)
     ways = dict.fromkeys(("together", "apart", "alone") if ranks > 1 else ("together",), 1.0)
     monkeypatch.setattr(scaling.Sampler, "rounds", lambda *_: [ways])
     args = read("--accumulations", "1,4")

@@ -1,20 +1,23 @@
-"""The parts of one optimizer step that every door shares: precision, gradients over ranks, the step itself."""
+"""The parts of one optimizer step that every door shares: precision, compilation, gradients over ranks, the step."""
 
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels.backends import select_backends
+from kernels.build import KernelsUnavailable
 from optimization import (
+    Lamb,
     add_adapter_group,
     build_optimizer,
     clip_gradients,
     clips_gradients,
+    lamb_kernels,
     load_optimizer_state,
     optimizer_state,
     parameter_groups,
@@ -22,10 +25,13 @@ from optimization import (
 )
 from sparse_ops import OperandRefresh, add_adapters
 from training.distributed import World, average_in_bf16
+from training.graphs import Batch, MicroStepGraphs
 
 # Masks never change, and operands follow from the values. torch 2.13 renamed the argument.
 _BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
 BUFFERS_STAY = {next(n for n in _BUFFERS if n in inspect.signature(DistributedDataParallel).parameters): False}
+# What one compilation may be made anew for: kinds of layers, adapters that join, batches of other shapes.
+RECOMPILATIONS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,22 +43,52 @@ class Engine:
         args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, max_grad_norm, precision,
             double_prune_interval, sparse_backend`, and `gradient_communication` where there is such a flag.
         tokens: of a micro-batch on this rank, about: what the sparse products are tuned for.
-        report: takes a line about what runs the sparse products.
+        report: takes a line about what runs the sparse products, and LAMB where its kernels cannot.
+        objective: (model, batch on the device) -> (this rank's share of the loss, a small tensor to be logged). The
+            shares of all micro-steps and ranks add up to the loss. It may not wait for the device.
+        compiled: parts of the model that torch.compile gets.
+        dynamic: whether their inputs' sizes differ from batch to batch.
+        captured: run micro-steps as CUDA graphs, where one process on one GPU is all. (With several, DDP's averaging
+            goes on beside the backward pass, and the host keeps ahead of batches as large as these jobs'.)
     """
 
-    def __init__(self, model: nn.Module, world: World, args, tokens: int, report: Callable[[str], None]):
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        args,
+        tokens: int,
+        report: Callable[[str], None],
+        objective: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+        compiled: Sequence[nn.Module] = (),
+        dynamic: bool = False,
+        captured: bool = False,
+    ):
         self.model, self.world, self.args = model.to(world.device), world, args
+        self.objective, self.graphs = objective, None
+        self.captured = captured and world.device.type == "cuda" and world.size == 1
         self.dtype = DTYPES[args.precision]
+        for part in compiled:
+            part.compile(dynamic=dynamic)
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
         select_backends(model, args.sparse_backend, self.dtype, tokens, report)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
+        if isinstance(self.optimizer, Lamb) and world.device.type == "cuda":
+            try:
+                lamb_kernels(world.device)
+            except KernelsUnavailable as reason:
+                report(f"LAMB in torch's foreach operations ({reason})")
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
         self.refresh = OperandRefresh(model, args.double_prune_interval)
         self.refresh.attach(self.optimizer)
 
     def connect(self) -> None:
         """Build what averages the gradients over ranks: once they are joined, and anew when parameters are added."""
-        self.parallel = self.model
+        self.parallel, self.graphs = self.model, None
+        if self.captured:
+            self.graphs = MicroStepGraphs(self._forward_and_backward, self.model.parameters())
         if self.world.size > 1:
             device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(
@@ -67,7 +103,7 @@ class Engine:
     def disconnect(self) -> None:
         """Drop what `connect` built. DDP that outlives the process group may hang when it is freed: it then frees the
         group too, holding the interpreter's lock while it waits for a thread of the group that wants that lock."""
-        self.parallel = self.model
+        self.parallel, self.graphs = self.model, None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -76,8 +112,22 @@ class Engine:
         """Around a micro-step's forward and backward pass: only the last one averages gradients over ranks."""
         return contextlib.nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+    def micro_step(self, batch: Batch, last: bool) -> Tensor:
+        """Forward and backward pass of one micro-batch on the device; gradients add up until `step`.
+
+        Returns what the objective wants to be logged, in storage that the next call may overwrite.
+        """
+        if self.graphs is not None:
+            return self.graphs(batch)
+        with self.accumulate(last):
+            return self._forward_and_backward(batch)
+
+    def _forward_and_backward(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            loss, logged = self.objective(self.parallel, batch)
+        # Times the number of ranks, because DDP averages what the ranks' losses give.
+        self.scaler.scale(loss * self.world.size).backward()
+        return logged.detach()
 
     def step(self, learning_rate: float) -> None:
         """One optimizer step with the accumulated gradients; the operands follow through the optimizer's hook."""
@@ -87,7 +137,10 @@ class Engine:
             clip_gradients(self.optimizer, self.args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()  # apex's takes no argument
+        if self.graphs is None:
+            self.optimizer.zero_grad()  # apex's takes no argument
+        else:  # graphs add to gradients in fixed storage
+            torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def join_adapters(self, rank: int, seed: int) -> None:
         """Adapters join: new parameters, a new optimizer group at step 0; nothing else changes, no output either."""

@@ -33,6 +33,7 @@ Batch = dict[str, Tensor]
 METRICS = ["step", "epoch", "step_loss", "average_loss", "learning_rate", "sequences_per_second", "tokens_per_second"]
 LOSING_SCORE = -1e4  # of positions in the padding
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, which tensor cores like
+GRAPH_LENGTH_MULTIPLE = 64  # to fewer lengths where each takes a CUDA graph of its own
 
 
 class Features(Protocol):
@@ -95,7 +96,12 @@ class FineTuning:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
         self.execution: list[str] = []  # what runs the sparse products
         sequences = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world.size)
-        self.engine = Engine(model, world, args, sequences * args.max_seq_length, self.execution.append)
+        # Layers of the ablations ask the host what to do.
+        captured = setup.sparsity.pruned_matrix in ("none", "static-weight") and not args.no_cuda_graphs
+        self.engine = Engine(
+            *(model, world, args, sequences * args.max_seq_length, self.execution.append, self._objective),
+            captured=captured,
+        )
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 
     def plan(self, total_steps: int) -> None:
@@ -194,21 +200,31 @@ class FineTuning:
             # A rank without an example still takes part in the averaging, with one that counts nothing.
             batch = self._batch(features, part if len(part) else rows[:1])
             seed_dropout(self.seed, step, micro_step, self.world.rank)
-            with self.engine.accumulate(last=micro_step == micro_steps - 1):
-                losses = self.losses(self._outputs(self.engine.parallel, batch), batch)
-                loss_sum = losses.sum() * (len(part) > 0)
-                self.engine.backward(loss_sum / len(rows) * self.world.size)
-            total = total + loss_sum.detach()
+            batch["share"] = self._on_device(np.float32((len(part) > 0) / len(rows)))
+            total = total + self.engine.micro_step(batch, last=micro_step == micro_steps - 1)
         self.engine.step(rate)
-        (loss_sum,) = sum_over_ranks(self.world, [total.item()])
-        return loss_sum / len(rows), float(features.lengths[rows].sum())
+        (loss,) = sum_over_ranks(self.world, [total.item()])
+        return loss, float(features.lengths[rows].sum())
+
+    def _objective(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A micro-batch's share of the mean loss over the step's examples, twice."""
+        share = self.losses(self._outputs(model, batch), batch).sum() * batch["share"]
+        return share, share
 
     def _batch(self, features: Features, rows: np.ndarray) -> Batch:
-        return padded_batch(features, rows, self.args.max_seq_length, self.world.device)
+        multiple = GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
+        arrays = padded_batch(features, rows, self.args.max_seq_length, multiple)
+        return {name: self._on_device(array) for name, array in arrays.items()}
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        """Without waiting for the device, as a copy from pageable memory would."""
+        tensor = torch.as_tensor(array)
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.world.device, non_blocking=True)
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, ...]:
-        with self.engine.autocast():
-            return model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        return model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def predict(self, features: Features, batch_size: int, width: int, what: str) -> np.ndarray:
@@ -222,7 +238,8 @@ class FineTuning:
         mine, found = batches[self.world.rank :: self.world.size], []
         quiet = self.args.disable_progress_bar or not self.world.is_main
         for part in tqdm(mine, desc=what, unit="batch", disable=quiet):
-            outputs = self._outputs(model, self._batch(features, part))
+            with self.engine.autocast():
+                outputs = self._outputs(model, self._batch(features, part))
             outputs = torch.stack(outputs if isinstance(outputs, tuple) else (outputs,), 1)
             found.append((part, outputs.float().cpu().numpy()))
         everything = [pair for pairs in gather_objects(self.world, found) for pair in pairs]
@@ -252,11 +269,10 @@ def _described(sparsity: SparsityConfig) -> str:
     return ", ".join(f"{k} {v}" for k, v in sparsity.to_dict().items() if v != plain[k]) or "dense"
 
 
-def padded_batch(features: Features, rows: np.ndarray, most: int, device: torch.device) -> Batch:
-    """The rows as tensors on the device, cut to about the longest of them; `most` is `--max_seq_length`."""
-    longest = -(-int(features.lengths[rows].max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    arrays = features.batch(rows, min(longest, most))
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+def padded_batch(features: Features, rows: np.ndarray, most: int, multiple: int) -> dict[str, np.ndarray]:
+    """The rows, cut to the next multiple of the longest of them; `most` is `--max_seq_length`."""
+    longest = -(-int(features.lengths[rows].max()) // multiple) * multiple
+    return features.batch(rows, min(longest, most))
 
 
 def total_steps(args, examples: int) -> int:

@@ -1,0 +1,189 @@
+"""Pretraining on real shards with their real lengths: what it gains to compute no padding, and what data costs.
+
+Both ways train on the same samples in the same order, each with a loader of its own, as run_pretraining.py does.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.timing import GpuState, GpuWatch, Spread
+from benchmarks.training_step import (
+    MachineReport,
+    Stepping,
+    machine,
+    predictions_of,
+    random_model,
+    run_flags,
+    seconds_of,
+)
+from data.loader import step_loader
+from data.shard_files import ShardSet
+from modeling import BertConfig
+from run_pretraining import open_shards
+from training.distributed import World
+from training.phases import Start
+from training.sparsity import sparsity_from_flags
+
+TOKENS = 16384  # of a micro-batch, unless --local_batch_size says another size
+MANY_STEPS = 10**6  # more than are taken
+WAYS = {"padded": "False", "unpadded": "True"}  # and their --unpad
+WARM_UPS = 10  # samples at most that may go by until all graphs are captured
+PREFETCHED = 2  # steps that a loader worker makes ahead
+AT_LEAST = 4  # times as many steps in a sample as workers may have ready when it begins
+
+
+class ShardSteps(Stepping):
+    """A run from scratch, without its logs and checkpoints; its learning rate is 0."""
+
+    slots = 0
+    """Tokens computed by all steps so far, padding among them."""
+
+    def __init__(self, args, config: BertConfig, world: World, shards: ShardSet):
+        sparsity = sparsity_from_flags(args)
+        model = random_model(config, sparsity, world, args.seed)
+        super().__init__(args, config, world, Start(0, 0, MANY_STEPS), sparsity, model, shards, None)
+        self.engine.connect()
+        on_gpu = world.device.type == "cuda"
+        self.loader = step_loader(self.dataset, args.num_workers, pin_memory=on_gpu, prefetch=PREFETCHED)
+
+    @property
+    def graphs_captured(self) -> int:
+        return 0 if self.engine.graphs is None else len(self.engine.graphs.captured)
+
+    def next_batch(self, loader, stop):
+        batch, counts = super().next_batch(loader, stop)
+        self.slots += batch["input_ids"].numel()
+        return batch, counts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of several steps, one way."""
+
+    seconds: float
+    tokens: float
+    slots: int
+    waited: float
+    steps: int
+
+
+def take_sample(run: ShardSteps, count: int, world: World) -> Sample:
+    before = run.tokens, run.slots, run.waited
+    seconds = count * seconds_of(run, count, world)
+    after = run.tokens, run.slots, run.waited
+    tokens, slots, waited = (late - early for late, early in zip(after, before, strict=True))
+    return Sample(seconds, tokens, slots, waited, count)
+
+
+def take_rounds(runs: dict[str, ShardSteps], args, world: World) -> tuple[list[dict[str, Sample]], int]:
+    """Rounds of a sample each way, of the same samples of the shards; and how many rounds were dropped.
+
+    A CUDA graph is captured for each number of tokens that comes up; a round in which that happens does not count.
+    """
+    count, kept, dropped = AT_LEAST * PREFETCHED * max(1, args.num_workers), [], 0
+    for warm_up in range(WARM_UPS):
+        captured = [run.graphs_captured for run in runs.values()]
+        longest = max(take_sample(run, count, world).seconds for run in runs.values())
+        if warm_up and captured == [run.graphs_captured for run in runs.values()]:
+            break
+    count = max(count, math.ceil(args.sample_seconds * count / longest))
+    while len(kept) < args.rounds and dropped < args.rounds:
+        captured = [run.graphs_captured for run in runs.values()]
+        samples = {way: take_sample(run, count, world) for way, run in runs.items()}
+        if captured == [run.graphs_captured for run in runs.values()]:
+            kept.append(samples)
+        else:
+            dropped += 1
+    return kept, dropped
+
+
+def records(model: str, length: int, rounds: list[dict[str, Sample]]) -> list[dict]:
+    """A record each way; `limit` is what the padding share allows: slots of the padded way over those of this one."""
+    rows = []
+    for way in WAYS:
+        own = [samples[way] for samples in rounds]
+        padded = [samples["padded"] for samples in rounds]
+        slots, steps = sum(s.slots for s in own), sum(s.steps for s in own)
+        rows.append(
+            {
+                "model": model,
+                "way": way,
+                "sequence_length": length,
+                "tokens_per_second": Spread.of([s.tokens / s.seconds for s in own]),
+                "step": Spread.of([s.seconds / s.steps for s in own]),
+                "padding_share": 1 - sum(s.tokens for s in own) / slots,
+                "speedup": Spread.of([p.seconds / s.seconds for p, s in zip(padded, own, strict=True)]),
+                "limit": sum(s.slots for s in padded) / slots,
+                "data_wait_share": sum(s.waited for s in own) / sum(s.seconds for s in own),
+                "steps": steps,
+            }
+        )
+    return rows
+
+
+COLUMNS = {
+    "model": lambda r: r["model"],
+    "": lambda r: r["way"],
+    "real tokens/s": lambda r: r["tokens_per_second"].text(0),
+    "ms a step": lambda r: r["step"].text(2, 1e3),
+    "computed but padding": lambda r: f"{r['padding_share']:.1%}",
+    "against padded": lambda r: f"×{r['speedup'].text()}",
+    "padding allows": lambda r: f"×{r['limit']:.2f}",
+    "of the step waited for data": lambda r: f"{r['data_wait_share']:.2%}",
+    "steps": lambda r: f"{r['steps']}",
+    "SM clock, power, share capped": lambda r: r["gpu"].text(),
+}
+
+
+def flags_for(model: str, way: str, args, length: int, sequences: int) -> SimpleNamespace:
+    """The run's flags: the recipe's predictions, one process."""
+    shared = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "input_dir", "num_workers")}
+    return run_flags(
+        model,
+        **shared,
+        precision=args.dtype,
+        local_batch_size=sequences,
+        global_batch_size=sequences * args.accumulation,
+        max_predictions_per_seq=predictions_of(length),
+        masked_token_fraction=0.15,
+        unpad=WAYS[way],
+        max_steps=MANY_STEPS,
+    )
+
+
+def run(args, world: World, models: Sequence[str]) -> None:
+    """The table of all models."""
+    config = BertConfig.from_json_file(args.model_config_file)
+    files = {"model_config_file": args.model_config_file, "input_dir": args.input_dir}
+    shards, _ = open_shards(run_flags("dense", **files), config)
+    length = shards.sequence_length
+    sequences = args.local_batch_size or max(1, TOKENS // length)
+    report = MachineReport("pretraining_throughput, real shards", args, machine(world))
+    name = Path(args.model_config_file).stem.removesuffix("_config")
+    report.table(
+        f"{name}, {shards.total:,} sequences of at most {length} tokens, {args.accumulation} x {sequences} a step, "
+        f"{args.dtype}, {args.optimizer}",
+        COLUMNS,
+    )
+    for model in models:
+        runs = {way: ShardSteps(flags_for(model, way, args, length, sequences), config, world, shards) for way in WAYS}
+        watching = GpuWatch() if world.device.type == "cuda" else None
+        with watching or nullcontext():
+            rounds, dropped = take_rounds(runs, args, world)
+        for steps in runs.values():
+            steps.loader.close()
+        state = watching.state if watching else GpuState(None, None, None)
+        for row in records(model, length, rounds) if rounds else ():
+            report.row(row | {"gpu": state})
+        if dropped:
+            report.note(f"{model}: {dropped} rounds do not count, since a CUDA graph was captured in them")
+        del runs
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    report.end()

@@ -1,0 +1,133 @@
+"""The dense parts between a block's products, in the form that the compiler makes the fewest and fastest kernels of.
+
+Both are plain torch operations with the backward pass written out, so that what is kept between the passes, and in
+which dtype, is decided here: what bounds these parts is memory. They are for compiled code; outside it, each of these
+operations would be a kernel.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# erf by Abramowitz and Stegun, 7.1.26: within 1.5e-7, in a fifth of the instructions of CUDA's own, and the exponential
+# in it is the one that the derivative needs.
+_P = 0.3275911
+_COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def _normal_distribution(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Phi(x) and phi(x) of the standard normal distribution, in fp32; in its lower tail without cancellation."""
+    t = 1 / (1 + _P / math.sqrt(2) * x.abs())
+    polynomial = torch.zeros_like(t)
+    for coefficient in _COEFFICIENTS:
+        polynomial = (polynomial + coefficient) * t
+    bell = torch.exp(-0.5 * x * x)
+    tail = 0.5 * polynomial * bell
+    return torch.where(x >= 0, 1 - tail, tail), bell / math.sqrt(2 * math.pi)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        exact = x.float()
+        return (exact * _normal_distribution(exact)[0]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        exact = x.float()
+        below, density = _normal_distribution(exact)
+        return (grad_y.float() * (below + exact * density)).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), elementwise, computed in fp32; within 1e-6 max(1, |x|) of `F.gelu(x)` before rounding to x's dtype."""
+    return _Gelu.apply(x)
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
+# Its own operator, so that the compiler draws the two numbers once, and not in each element of what reads them.
+_LIBRARY = torch.library.Library("slope", "FRAGMENT")
+_LIBRARY.define("dropout_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def _dropout_seed(like: Tensor) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=like.device)
+
+
+_LIBRARY.impl("dropout_seed", _dropout_seed, "CompositeExplicitAutograd")
+torch.library.register_fake("slope::dropout_seed")(lambda like: like.new_empty(2, dtype=torch.int32))
+dropout_seed = torch.ops.slope.dropout_seed.default
+
+
+def kept_by_dropout(shape: torch.Size, seed: Tensor, probability: float) -> Tensor:
+    """Which elements dropout keeps: a function of the seed, int32 [2], and of the element's number alone.
+
+    So the mask is computed again in the backward pass, and never stored. The number is mixed by three multiplications
+    (Wellons' triple32, with a word of the seed before each of the first two); Philox, torch's generator, takes some
+    five times as many instructions, which are then what a fused kernel waits for.
+    """
+    device, columns = seed.device, shape[-1]
+    rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int32, device=device).view(*shape[:-1], 1)
+    mixed = rows * columns + torch.arange(columns, dtype=torch.int32, device=device) + seed[0]
+    mixed = (mixed ^ _shifted(mixed, 17)) * (0xED5AD4BB - 2**32) ^ seed[1]
+    mixed = (mixed ^ _shifted(mixed, 11)) * (0xAC4C1B51 - 2**32)
+    mixed = (mixed ^ _shifted(mixed, 15)) * 0x31848BAB
+    mixed = mixed ^ _shifted(mixed, 14)
+    return (mixed & 0xFFFFFF) >= round(probability * 2**24)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """To the right, filled up with zeros."""
+    return (bits >> by) & (2 ** (32 - by) - 1)
+
+
+# ------------------------------------------------------------------------------------------------ end of half a block
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, residual, weight, bias, seed, probability, eps):
+        dropped = y.float()
+        if seed is not None:
+            dropped = torch.where(kept_by_dropout(y.shape, seed, probability), dropped / (1 - probability), 0.0)
+        total = (dropped + residual.float()).to(y.dtype)
+        exact = total.float()
+        mean = exact.mean(-1, keepdim=True)
+        inverse_deviation = torch.rsqrt((exact - mean).square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(total, mean, inverse_deviation, weight, seed)
+        ctx.probability, ctx.residual_dtype = probability, residual.dtype
+        return ((exact - mean) * inverse_deviation * weight + bias).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        total, mean, inverse_deviation, weight, seed = ctx.saved_tensors
+        normalised = (total.float() - mean) * inverse_deviation
+        grad = grad_out.float()
+        scaled = grad * weight
+        projected = normalised * (scaled * normalised).mean(-1, keepdim=True)
+        grad_total = (scaled - scaled.mean(-1, keepdim=True) - projected) * inverse_deviation
+        grad_y = grad_total
+        if seed is not None:
+            kept = kept_by_dropout(total.shape, seed, ctx.probability)
+            grad_y = torch.where(kept, grad_total / (1 - ctx.probability), 0.0)
+        tokens = tuple(range(grad.dim() - 1))
+        return (
+            grad_y.to(total.dtype),
+            grad_total.to(ctx.residual_dtype),
+            (grad * normalised).sum(tokens),
+            grad.sum(tokens),
+            *(None, None, None),
+        )
+
+
+def dropout_add_layer_norm(
+    y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, probability: float, eps: float
+) -> Tensor:
+    """LayerNorm(residual + dropout(y)) over the last dimension, [..., H], in y's dtype.
+
+    The sum is rounded to y's dtype before it is normalised, as in NVIDIA's half-precision BERT: the backward pass then
+    keeps 16 bits of it. Statistics and gradients of `weight` and `bias` [H] are fp32.
+    """
+    seed = dropout_seed(y) if probability else None
+    return _DropoutAddLayerNorm.apply(y, residual, weight, bias, seed, probability, eps)

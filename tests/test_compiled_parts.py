@@ -1,0 +1,144 @@
+"""The parts that torch.compile gets: what they compute, and that batches of other shapes compile nothing anew."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+
+from kernels.backends import select_backends
+from kernels.dense_parts import dropout_add_layer_norm, dropout_seed, gelu, kept_by_dropout
+from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums
+from sparse_ops import add_adapters
+from training.assembly import build_model
+from training.sparsity import SparsityConfig
+
+CONFIG = BertConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=32,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.2,
+)
+LENGTHS = ([8, 20, 11, 9], [30, 30, 2, 9], [32, 32, 32, 30])
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# --------------------------------------------------------------------------------------------------------- the formulas
+def test_gelu_and_its_derivative_are_the_exact_ones():
+    x = torch.linspace(-8, 8, 20001, dtype=torch.float32, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    y, expected = gelu(x), F.gelu(exact)
+    assert ((y.double() - expected).abs() / exact.abs().clamp(min=1)).max() < 1e-6
+    y.sum().backward()
+    expected.sum().backward()
+    assert (x.grad.double() - exact.grad).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_end_of_half_a_block_is_dropout_sum_and_layer_norm(dtype):
+    """Against torch's own operations in fp64, with the mask that this one drew."""
+    generator = torch.Generator().manual_seed(0)
+    y, residual, grad = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(3))
+    weight, bias = 1 + 0.1 * torch.randn(64, generator=generator), 0.1 * torch.randn(64, generator=generator)
+    inputs = [tensor.requires_grad_() for tensor in (y, residual, weight, bias)]
+    torch.manual_seed(5)
+    out = dropout_add_layer_norm(*inputs, 0.25, 1e-12)
+    out.backward(grad)
+    torch.manual_seed(5)
+    kept = kept_by_dropout(y.shape, dropout_seed(y), 0.25)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    total = exact[0] * kept / 0.75 + exact[1]
+    expected = F.layer_norm(total, (64,), exact[2], exact[3], 1e-12)
+    expected.backward(grad.double())
+    assert out.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    for found, right in [(out, expected), *((one.grad, other.grad) for one, other in zip(inputs, exact, strict=True))]:
+        assert (found.double() - right).abs().max() <= 8 * rounding * right.abs().max()
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_dropout_keeps_the_share_that_it_should_independently_of_neighbours_and_seeds(probability):
+    torch.manual_seed(0)
+    like, shape = torch.empty(1), torch.Size((4, 512, 1024))
+    first, second = (kept_by_dropout(shape, dropout_seed(like), probability).double() for _ in range(2))
+    deviation = (probability * (1 - probability)) ** 0.5
+    centred, others = ((mask.flatten() - (1 - probability)) / deviation for mask in (first, second))
+    bound = 4.5 / centred.numel() ** 0.5  # standard deviations of a mean of independent draws
+    assert abs(centred.mean()) < bound
+    for distance in (1, 2, 3, 16, 64, 1024, 4096):
+        assert abs((centred[distance:] * centred[:-distance]).mean()) < bound, distance
+    assert abs((centred * others).mean()) < bound
+    for dim in (0, 2):  # no row or column is kept more than chance has it
+        means = (first - (1 - probability)).mean([d for d in range(3) if d != dim]) / deviation
+        assert means.std() < 1.6 / (first.numel() / first.shape[dim]) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- compilation
+def batch_of(lengths: list[int]) -> SimpleNamespace:
+    """Sequences end to end, filled up to a multiple of 16, with three tokens to predict of each."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = -(-sum(lengths) // 16) * 16
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    boundaries = torch.tensor([0, *ends, tokens], dtype=torch.int32)
+    positions = torch.cat([*map(torch.arange, lengths), torch.zeros(tokens - sum(lengths), dtype=torch.int64)])
+    return SimpleNamespace(
+        ids=torch.randint(1, CONFIG.vocab_size, (tokens,), generator=generator),
+        packing=Packing(boundaries, positions, 32),
+        predicted=boundaries[:-2, None].long() + torch.arange(2),
+        labels=torch.randint(1, CONFIG.vocab_size, (len(lengths), 2), generator=generator),
+    )
+
+
+def results_of(model: BertForPreTraining, batch: SimpleNamespace) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and gradients."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(batch.ids, torch.zeros_like(batch.ids), batch.packing, batch.predicted)
+        sums = pretraining_loss_sums(*scores, batch.labels, torch.zeros(len(batch.labels), dtype=torch.int64))
+    sum(sums).backward()
+    return [loss.item() for loss in sums], {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def check_same(found, expected) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=5e-3)
+    for name, gradient in expected[1].items():
+        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is 0, but for rounding
+            assert (found[1][name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("pruned_matrix", ["none", "static-weight"])
+def test_blocks_of_one_kind_share_a_compilation_and_no_shape_takes_another(pruned_matrix):
+    """Whole graphs, without a break; adapters that join are compiled once more."""
+    sparsity = SparsityConfig(pruned_matrix=pruned_matrix)
+    model = build_model(lambda: BertForPreTraining(CONFIG), sparsity, None, seed=1, mask_init="magnitude")
+    select_backends(model, "dense", torch.bfloat16, 64, lambda line: None)
+    batches = [batch_of(lengths) for lengths in LENGTHS]
+    expected = [results_of(model, batch) for batch in batches]
+    for part in compiled_parts(model):
+        part.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    torch._dynamo.config.recompile_limit = 64
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    check_same(results_of(model, batches[0]), expected[0])
+    compiled = counted["unique_graphs"] - before
+    assert compiled <= 4, "embeddings, a first block, another block, the head"
+    for batch, right in zip(batches[1:], expected[1:], strict=True):
+        check_same(results_of(model, batch), right)
+    assert counted["unique_graphs"] - before == compiled, "a batch of another shape was compiled anew"
+    if pruned_matrix == "static-weight":
+        add_adapters(model, rank=4, seed=1)
+        for batch, (losses, _) in zip(batches, expected, strict=True):
+            assert results_of(model, batch)[0] == pytest.approx(losses, rel=5e-3)
+        assert counted["unique_graphs"] - before <= compiled + 2

@@ -1,0 +1,155 @@
+"""Sequences that lie end to end, without padding, against the padded ones that they come from."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from pretraining_runs import assembled, make_files, run, values
+
+from data.packing import fill_multiple, micro_batches, pack_step, sequence_lengths
+from data.shards import StepDataset
+from training.errors import UsageError
+
+NO_ADAPTERS = {"pruned_matrix": "none", "add_lora": "False"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("data"))
+
+
+def padded_step() -> dict[str, np.ndarray]:
+    """K = 2 micro-steps of B = 3 sequences of at most S = 8 tokens; token i of the step has id i + 1."""
+    lengths = np.array([[8, 3, 1], [5, 8, 7]])
+    attended = (np.arange(8) < lengths[..., None]).astype(np.int64)
+    ids = attended * (1 + np.arange(attended.size).reshape(attended.shape))
+    return {
+        "input_ids": ids,
+        "token_type_ids": ids % 2,
+        "attention_mask": attended,
+        "masked_positions": np.array([[[1, 7], [2, 0], [0, 0]], [[4, 0], [3, 6], [0, 0]]]),
+        "masked_labels": np.array([[[5, 6], [7, -1], [-1, -1]], [[8, -1], [9, 10], [-1, -1]]]),
+        "next_sentence_labels": np.array([[0, 1, -1], [1, 1, 0]]),
+    }
+
+
+def test_every_token_keeps_its_neighbours_its_position_and_its_label():
+    padded = padded_step()
+    packed = {name: torch.from_numpy(array) for name, array in pack_step(padded, multiple=16).items()}
+    assert packed["tokens"].tolist() == [16, 32]
+    assert torch.equal(sequence_lengths(packed), torch.from_numpy(padded["attention_mask"]).sum(-1))
+    for k, part in enumerate(micro_batches(packed)):
+        boundaries = part["boundaries"].tolist()
+        assert (boundaries[0], boundaries[-1]) == (0, len(part["input_ids"]))
+        for b in range(3):
+            here, length = slice(*boundaries[b : b + 2]), int(padded["attention_mask"][k, b].sum())
+            assert part["input_ids"][here].tolist() == padded["input_ids"][k, b, :length].tolist()
+            assert part["token_type_ids"][here].tolist() == padded["token_type_ids"][k, b, :length].tolist()
+            assert part["positions"][here].tolist() == list(range(length))
+        used = part["masked_labels"] >= 0
+        flat = torch.from_numpy(padded["input_ids"][k]).gather(1, torch.from_numpy(padded["masked_positions"][k]))
+        assert torch.equal(part["input_ids"][part["masked_positions"]][used], flat[used])
+        assert not part["input_ids"][boundaries[-2] :].any()
+
+
+def test_padded_micro_batches_are_views_of_the_step():
+    batch = {name: torch.from_numpy(array) for name, array in padded_step().items()}
+    parts = list(micro_batches(batch))
+    assert len(parts) == 2
+    for k, part in enumerate(parts):
+        assert all(torch.equal(part[name], tensor[k]) for name, tensor in batch.items())
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "multiple"), [(8, 64, 128), (64, 128, 128), (65, 128, 256), (256, 512, 2048), (1, 8, 128)]
+)
+def test_micro_batches_of_one_size_come_in_at_most_64_shapes(batch, length, multiple):
+    assert fill_multiple(batch, length) == multiple
+    assert -(-batch * length // multiple) <= 64
+
+
+def keep_gradients(model, taken: dict, rate: float) -> None:
+    """In place of the optimizer's step."""
+    taken.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+
+
+def test_losses_and_gradients_are_those_of_the_padded_path(files, tmp_path):
+    """A trained step's data, no dropout, fp64 so that nothing but the order of additions may differ."""
+    results = []
+    for unpad in ("False", "True"):
+        flags = files.flags(tmp_path, model_config_file=files.model_without_dropout, unpad=unpad, **NO_ADAPTERS)
+        begun = assembled(flags)
+        begun.engine.connect()
+        begun.engine.model.double()
+        taken = {}
+        begun.engine.step = functools.partial(keep_gradients, begun.engine.model, taken)
+        dataset = StepDataset(
+            *(begun.shards,),
+            **{"global_batch_size": 12, "local_batch_size": 3, "rank": 0, "world_size": 1, "steps": 1},
+            pack_multiple=begun.pack_multiple,
+            **begun.masking,
+        )
+        assert ("boundaries" in dataset[0]) == (unpad == "True")
+
+        class Once:
+            wait_seconds = 0.0
+
+            def __next__(self, batch=dataset[0]):
+                return batch
+
+        class Never:
+            received = None
+
+        batch, counts = begun.next_batch(Once(), Never())
+        losses = begun.losses_of(begun.give_step(1, batch, counts, 0.0))
+        results.append((counts, losses, taken))
+    (padded_counts, padded, padded_gradients), (counts, packed, gradients) = results
+    assert counts == padded_counts
+    assert packed == pytest.approx(padded, rel=1e-6)
+    for name, gradient in padded_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_a_whole_run_without_padding_learns_the_same(files, tmp_path):
+    """SLoPe, the adapters' switch and the held-out evaluation included."""
+    for unpad in ("False", "True"):
+        model = files.model_without_dropout
+        run(files.flags(tmp_path / unpad, model_config_file=model, unpad=unpad, eval_dir=files.heldout))
+    for column in ("step_loss", "heldout_mlm_loss", "heldout_mlm_accuracy", "tokens_per_second"):
+        padded, packed = (values(tmp_path / unpad, column) for unpad in ("False", "True"))
+        assert len(packed) == len(padded) > 0
+        if column != "tokens_per_second":
+            assert packed == pytest.approx(padded, rel=1e-3), column
+
+
+def test_dropout_and_a_resume_without_padding(files, tmp_path):
+    """The position in the data and dropout are functions of the step, as with padding."""
+    flags = {"unpad": "True", "num_steps_per_checkpoint": 5}
+    run(files.flags(tmp_path / "whole", **flags))
+    run(files.flags(tmp_path / "parts", **flags | {"max_steps": 20}))
+    assert values(tmp_path / "whole", "step_loss") == values(tmp_path / "parts", "step_loss")
+
+
+def test_unpad_where_flash_attention_cannot_run_is_an_error(files, tmp_path, monkeypatch):
+    from modeling import BertConfig
+    from training.distributed import World
+    from training.pretraining import unpads
+
+    args = assembled(files.flags(tmp_path, **NO_ADAPTERS)).args
+    world, config = World(0, 1, 0, torch.device("cuda", 0)), BertConfig(**json.loads(files.model.read_text()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    args.precision = "bf16"
+    assert unpads(args, config, world)
+    args.precision = "fp32"
+    assert not unpads(args, config, world)
+    args.unpad = "True"
+    with pytest.raises(UsageError, match="--unpad True.*--precision fp32"):
+        unpads(args, config, world)
+    args.precision, args.unpad = "fp16", "False"
+    assert not unpads(args, config, world)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    args.unpad = "True"
+    with pytest.raises(UsageError, match="compute capability below 8.0"):
+        unpads(args, config, world)

@@ -1,0 +1,526 @@
+"""benchmarks/pretraining_throughput.py on a tiny BERT: what takes turns, what is counted, and what its tables say.
+
+What is not tried here is what only a GPU has: graphs, the allocator, a profiler trace.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pretraining_runs import LENGTH, MODEL, NO_DROPOUT, write_model
+
+from benchmarks import (
+    huggingface_step,
+    pretraining_throughput,
+    shard_throughput,
+    step_candidates,
+    step_profile,
+    throughput_picture,
+    training_step,
+)
+from benchmarks.step_candidates import OURS, Candidate, Setting
+from benchmarks.step_profile import Kernel
+from benchmarks.timing import GpuState, Spread
+from benchmarks.training_step import TrainingStep, run_flags
+from modeling import BertConfig, BertForPreTraining
+from sparse_ops import SparseLinear, named_layers
+from training.distributed import World
+from training.errors import UsageError
+from training.graphs import MicroStepGraphs
+from training.throughput import useful_flops
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def config() -> BertConfig:
+    return BertConfig.from_dict(MODEL | NO_DROPOUT)
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    return write_model(tmp_path / "tiny_config.json", **NO_DROPOUT)
+
+
+@pytest.fixture
+def read(monkeypatch, model_file):
+    """Parse flags of a small benchmark, on the processor."""
+    monkeypatch.setattr(pretraining_throughput, "this_process", lambda: ALONE)
+
+    def parse(*more: str):
+        small = ["--model_config_file", f"{model_file}", "--sample_seconds", "0", "--rounds", "2"]
+        monkeypatch.setattr(sys, "argv", ["benchmarks/pretraining_throughput.py", *small, *more])
+        return pretraining_throughput.read_flags(ALONE)
+
+    return parse
+
+
+def make_step(model_file, config, model="dense", rank=0, **flags) -> TrainingStep:
+    flags = {"precision": "fp32", "local_batch_size": 2} | flags
+    step = TrainingStep(run_flags(model, model_config_file=model_file, **flags), config, ALONE, LENGTH, rank)
+    step.repeat(3)
+    step.connect()
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+def test_random_batches_are_what_the_model_takes(config):
+    batches = [training_step.random_batch(config, 3, 2, LENGTH, seed) for seed in (0, 1)]
+    for batch in batches:
+        assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+            **dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), (3, 2, LENGTH)),
+            **dict.fromkeys(("masked_positions", "masked_labels"), (3, 2, 4)),
+            "next_sentence_labels": (3, 2),
+        }
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+        positions = batch["masked_positions"]
+        assert (positions.diff(dim=-1) > 0).all() and positions.max() < LENGTH
+        for name in ("input_ids", "masked_labels"):
+            assert batch[name].min() >= 0 and batch[name].max() < config.vocab_size
+    assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    assert [training_step.predictions_of(length) for length in (128, 512)] == [20, 80]
+
+
+def losses(step: TrainingStep, monkeypatch, count: int = 1) -> list[tuple[float, float]]:
+    found = []
+    own = TrainingStep.losses_of
+
+    def losses_of(self, taken):
+        found.append(own(self, taken))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "losses_of", losses_of)
+        step.take(count)
+    return found
+
+
+def test_unpadded_and_padded_steps_have_the_same_losses(model_file, config, monkeypatch):
+    padded, unpadded = (make_step(model_file, config, unpad=word) for word in ("False", "True"))
+    assert "boundaries" in next(unpadded.loader) and "attention_mask" in next(padded.loader)
+    found = losses(padded, monkeypatch)[0]
+    assert losses(unpadded, monkeypatch)[0] == pytest.approx(found, rel=1e-5)
+    assert found[0] == pytest.approx(math.log(config.vocab_size), rel=0.05)  # a mean over all micro-steps
+    assert padded.tokens == unpadded.tokens == 3 * 2 * LENGTH
+
+
+@pytest.mark.parametrize(("name", "layers", "adapters"), [("dense", 0, 0), ("slope", 9, 0), ("slope-16", 9, 9)])
+def test_a_variant_is_what_its_name_says_and_stays_as_it_is(model_file, config, name, layers, adapters):
+    model, rank = OURS[name]
+    step = make_step(model_file, config, model, rank)
+    sparse = [layer for _, layer in named_layers(step.model, SparseLinear)]
+    assert len(sparse) == layers
+    assert [layer.lora_left.shape[1] for layer in sparse if layer.lora_left is not None] == [rank] * adapters
+    assert all(layer.lora_right.abs().min() > 0 for layer in sparse if adapters)
+    before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
+    step.take(2)
+    assert step.step == 2
+    assert all(torch.equal(tensor, before[key]) for key, tensor in step.model.state_dict().items())
+    assert all(state["exp_avg"].any() for state in step.optimizer.state.values() if state["exp_avg"].numel() > 64)
+
+
+@pytest.mark.parametrize(
+    ("device", "order"),
+    [("cpu", "give1 wait1 give2 wait2 give3 wait3"), ("cuda", "give1 give2 wait1 give3 wait2 wait3")],
+)
+def test_a_gpu_is_given_a_step_before_the_last_one_s_losses_are_read(device, order):
+    done = []
+
+    class Scripted(training_step.Stepping):
+        def __init__(self):
+            self.world, self.step = SimpleNamespace(device=torch.device(device)), 0
+            self.loader = SimpleNamespace(wait_seconds=0.5)
+
+        def next_batch(self, loader, stop):
+            return {}, SimpleNamespace(tokens=7.0)
+
+        def give_step(self, step, *_):
+            self.step = step
+            done.append(f"give{step}")
+            return step
+
+        def losses_of(self, taken):
+            done.append(f"wait{taken}")
+
+    step = Scripted()
+    step.take(3)
+    assert done == order.split()
+    assert (step.tokens, step.waited) == (21.0, 1.5)
+
+
+def test_candidates_take_turns(monkeypatch):
+    turns = []
+
+    def seconds_of(step, count, world):
+        turns.append((step, count))
+        return {"a": 0.5, "b": 0.1}[step]
+
+    monkeypatch.setattr(training_step, "seconds_of", seconds_of)
+    samples = training_step.take_turns({"dense": "a", "slope": "b"}, 2, 1.0, ALONE)
+    assert turns == [("a", 1), ("a", 1), ("b", 1), ("b", 1)] + [("a", 2), ("b", 10)] * 2
+    assert samples == {"dense": [0.5, 0.5], "slope": [0.1, 0.1]}
+
+
+def test_a_time_is_that_of_one_step(monkeypatch):
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(training_step.time, "perf_counter", lambda: next(clock))
+    taken = []
+    assert training_step.seconds_of(SimpleNamespace(take=taken.append), 4, ALONE) == 0.5
+    assert taken == [4]
+
+
+def test_shared_graphs_rehearse_until_told_and_never_again(monkeypatch):
+    done = []
+    monkeypatch.setattr(MicroStepGraphs, "_rehearse", lambda self, batch: done.append("rehearse"))
+    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: (self._rehearse(batch), done.append("graph")))
+    assert MicroStepGraphs(None, []).pool is None  # the place that the shared pool takes
+    graphs = training_step.SharedGraphs(None, [], (0, 1))
+    batch = {"x": torch.ones(2)}
+    assert graphs(batch) == 0.0
+    graphs.rehearsing = False
+    graphs(batch)
+    assert done == ["rehearse", "graph"]
+    assert graphs.pool == (0, 1)
+
+
+def test_a_model_s_first_step_is_the_rehearsal(model_file, config, monkeypatch):
+    """With graphs that are none: what the step asks of them, and what is there before any is captured."""
+
+    def rehearse(self, batch):
+        self.function(batch)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(MicroStepGraphs, "_rehearse", rehearse)
+    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: self.function(batch))
+    step = make_step(model_file, config)
+    step.engine.captured = True
+    graphs = step.connect((0, 1))
+    assert graphs is step.engine.graphs and graphs.pool == (0, 1)
+    assert losses(step, monkeypatch) == [(0.0, 0.0)]
+    states = [state["exp_avg"] for state in step.optimizer.state.values()]
+    assert len(states) == len(list(step.model.parameters())) and not any(state.any() for state in states)
+    graphs.rehearsing = False
+    assert all(loss > 0.1 for loss in losses(step, monkeypatch)[0])
+    assert any(state.any() for state in states)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in step.model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------------- Hugging Face
+def test_hugging_face_takes_the_same_step(config, monkeypatch):
+    pytest.importorskip("transformers")
+    step = huggingface_step.HuggingFaceStep(config, ALONE, "bf16", 2, LENGTH)
+    step.repeat(3)
+    assert step.connect() is None
+    waited = []
+    own = step._wait_for
+    monkeypatch.setattr(step, "_wait_for", lambda loss, copied: (waited.append(loss.item()), own(loss, copied)))
+    before = [p.clone() for p in step.model.parameters()]
+    step.take(2)
+    assert waited[0] == waited[1] == pytest.approx(math.log(config.padded_vocab_size) + math.log(2), rel=0.05)
+    assert all(map(torch.equal, step.model.parameters(), before))
+    ours = sum(p.numel() for p in BertForPreTraining(config).parameters())
+    assert sum(p.numel() for p in step.model.parameters()) == ours
+
+
+def test_labels_stand_where_the_tokens_are_masked():
+    batch = {
+        "input_ids": torch.zeros(1, 1, 5, dtype=torch.int64),
+        "masked_positions": torch.tensor([[[1, 4]]]),
+        "masked_labels": torch.tensor([[[7, 9]]]),
+    }
+    assert huggingface_step.labels_of(batch).tolist() == [[[-100, 7, -100, -100, 9]]]
+
+
+# ----------------------------------------------------------------------------------------------------------- candidates
+def test_state_is_counted_by_kind(model_file, config):
+    dense, slope = (make_step(model_file, config, model) for model in ("dense", "slope"))
+    for step in (dense, slope):
+        step.take()
+    found = step_candidates.state_bytes(dense)
+    numbers = sum(p.numel() for p in BertForPreTraining(config).parameters())
+    assert [found[kind] for kind in ("parameters", "gradients", "optimizer")] == [4 * numbers, 4 * numbers, 8 * numbers]
+    assert found["operands"] == found["index data"] == 0
+    pruned = sum(layer.in_features * layer.out_features for _, layer in named_layers(slope.model, SparseLinear))
+    found = step_candidates.state_bytes(slope)
+    assert found["parameters"] == 4 * (numbers - pruned // 2)
+    assert found["operands"] > 0 and found["index data"] > 0
+
+
+def test_ratios_are_taken_round_by_round(read, model_file, config):
+    args = read("--accumulation", "3", "--shapes", f"{LENGTH}x2")
+    candidate = Candidate("slope-16", make_step(model_file, config), None)
+    samples = {"dense": [4.0, 6.0, 9.0], "slope": [3.0, 2.0, 3.0], "slope-16": [2.0, 4.0, 3.0]}
+    row = step_candidates.record(candidate, Setting(LENGTH, 2), samples, args, ALONE)
+    tokens = 3 * 2 * LENGTH
+    assert row["tokens_per_second"] == tokens / 3.0
+    assert row["step"] == Spread(3.0, 2.0, 4.0)
+    assert row["against_dense"] == Spread(2.0, 1.5, 3.0)
+    assert row["against_slope"] == Spread(1.0, 0.5, 1.5)
+    flops = useful_flops(config, tokens, tokens * LENGTH, 3 * 2 * 4, 3 * 2)
+    assert row["tflops"] == pytest.approx(flops / 3.0 / 1e12)
+    for name in ("dense", "slope"):
+        candidate.name = name
+        row = step_candidates.record(candidate, Setting(LENGTH, 2), samples, args, ALONE)
+        assert (row["against_dense"] is None) == (name == "dense") and row["against_slope"] is None
+
+
+@pytest.mark.parametrize("when", ["rehearsing", "capturing"])
+def test_what_does_not_fit_is_left_out_and_said(read, monkeypatch, when):
+    own = step_candidates.make_step
+
+    def make(name, *rest):
+        step = own(name, *rest)
+        take, calls = step.take, []
+
+        def run_out(count=1):
+            calls.append(count)
+            if name == "slope" and len(calls) == (1 if when == "rehearsing" else 2):
+                raise torch.OutOfMemoryError
+            take(count)
+
+        step.take = run_out
+        return step
+
+    monkeypatch.setattr(step_candidates, "make_step", make)
+    args = read("--shapes", f"{LENGTH}x2", "--variants", "slope,slope-16")
+    rows, notes = step_candidates.measure(args.variants, args.shapes[0], args, ALONE)
+    assert [row["variant"] for row in rows] == ["dense", "slope-16"]
+    assert notes[0] == f"{LENGTH}x2: slope does not fit into memory beside the others"
+    assert rows[1]["against_slope"] is None
+    rows, notes = step_candidates.measure(("slope", "dense"), args.shapes[0], args, ALONE)
+    assert rows == [] and len(notes) == 1  # nothing to compare with
+
+
+@pytest.mark.parametrize("most", [0, 7, 8, 64, 200, 4095])
+def test_the_largest_batch_is_found(most):
+    tried = []
+
+    def fits(count):
+        tried.append(count)
+        return count <= most
+
+    assert step_candidates.largest(fits) == most // 8 * 8
+    assert len(tried) == len(set(tried)) <= 20
+    assert all(count % 8 == 0 for count in tried)
+
+
+def test_a_batch_that_runs_out_of_memory_does_not_fit(read, monkeypatch):
+    args, made = read("--shapes", f"{LENGTH}x2"), []
+
+    def make(name, setting, args, world, **more):
+        def take(count):
+            if setting.sequences > 24:
+                raise torch.OutOfMemoryError
+
+        made.append((name, count := setting.sequences, more))
+        return SimpleNamespace(connect=lambda: None, take=take, count=count)
+
+    monkeypatch.setattr(step_candidates, "make_step", make)
+    rows = []
+    report = SimpleNamespace(table=lambda *_: None, row=rows.append, note=lambda _: None)
+    args.variants = ("dense", "slope", "huggingface")
+    pretraining_throughput.find_largest(args, ALONE, report)
+    assert [(row["variant"], row["sequences"], row["ratio"]) for row in rows] == [("dense", 24, 1), ("slope", 24, 1)]
+    assert all(more == {"no_cuda_graphs": True} for _, _, more in made)
+
+
+# -------------------------------------------------------------------------------------------------------------- profile
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("2:4 GEMM", "void (anonymous namespace)::sparse_gemm_kernel<Tile<256, 192> >(Maps, Problem)"),
+        ("adapters", "void adapter_grads_kernel<__nv_bfloat16, 16>(AdapterGradients)"),
+        ("attention", "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd<cutlass::bf16> >()"),
+        ("attention", "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<>::Params)"),
+        ("refresh, gather", "void (anonymous namespace)::refresh_kernel<__nv_bfloat16, 2, false>(RefreshTable)"),
+        ("refresh, gather", "void (anonymous namespace)::gather_kernel<__nv_bfloat16, 2, true>(GatherPointers, Layer)"),
+        ("refresh, gather", "void adapter_operands_kernel<__half>(AdapterTable)"),
+        ("optimizer", "_moments"),
+        ("optimizer", "_apply"),
+        ("optimizer", "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>()"),
+        ("dense GEMM", "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT"),
+        ("dense GEMM", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_nn_n_tilesize256x128x64_cublas"),
+        ("dense GEMM", "void cublasLt::splitKreduce_kernel<32, 16, int, float>(cublasLt::cublasSplitKParams<float>)"),
+        ("other kernels", "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*)"),
+        ("other kernels", "triton_per_fused_add_native_layer_norm_3"),
+        ("other kernels", "triton_poi_fused_apply_moments"),
+        ("other kernels", "Memcpy HtoD (Pinned -> Device)"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kind, name):
+    assert step_profile.kind_of(name) == kind
+
+
+def test_idle_is_what_no_kernel_covers():
+    kernels = [
+        *(Kernel("nvjet", 10.0, 14.0), Kernel("triton_poi", 12.0, 13.0)),  # the second one runs beside the first
+        *(Kernel("_clip", 13.5, 15.0), Kernel("nvjet", 18.0, 20.0)),
+    ]
+    found = step_profile.breakdown(kernels, steps=2)
+    expected = {"dense GEMM": 3.0, "optimizer": 0.75, step_profile.OTHER: 0.5, step_profile.IDLE: 1.5}
+    assert found == dict.fromkeys(step_profile.KINDS, 0.0) | expected
+    assert step_profile.longest_others(kernels, 2) == ["500.000 ms triton_poi"]
+
+
+def test_a_trace_s_kernels_alone_are_read(tmp_path):
+    def event(category, **more):
+        return {"ph": "X", "cat": category, "name": category, "ts": 2e6, "dur": 5e5} | more
+
+    ranges = [event("gpu_user_annotation"), event("cuda_runtime"), event("kernel", ph="i")]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [event("kernel"), event("gpu_memcpy", ts=3e6), *ranges]}))
+    assert step_profile.read_trace(path) == [Kernel("kernel", 2.0, 2.5), Kernel("gpu_memcpy", 3.0, 3.5)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shapes", "17x2"), "--shapes 17x2: the model has 16 positions"),
+        (("--shapes", "16"), "--shapes: must be like 128x256, not 16"),
+        (("--shapes", "16x0"), "--shapes: must be a whole number of at least 1, not 0"),
+        (("--variants", "sparse"), "--variants: must be names of dense, slope"),
+        (("--largest_batch", "--shapes", "16x2"), "--largest_batch: needs a GPU"),
+        (("--picture", "p.jpg", "--shapes", "16x2"), "--picture p.jpg: must end in .png"),
+        (("--picture", "p.png", "--input_dir", "x"), "--picture: of random sequences alone"),
+    ],
+)
+def test_wrong_flags(read, words, message):
+    with pytest.raises(UsageError, match=message):
+        read(*words)
+
+
+def test_what_the_flags_leave_open(read, monkeypatch):
+    small = ("--shapes", "16x2")
+    args = read(*small)
+    monkeypatch.setattr(huggingface_step, "available", lambda: False)
+    assert read(*small).variants == tuple(OURS)
+    with pytest.raises(UsageError, match="--variants huggingface: needs the package transformers"):
+        read(*small, "--variants", "slope,huggingface")
+    monkeypatch.setattr(huggingface_step, "available", lambda: True)
+    assert read(*small).variants == pretraining_throughput.VARIANTS
+    assert read(*small, "--variants", "slope-64").variants == ("dense", "slope-64")
+    assert (args.rounds, args.sample_seconds) == (2, 0)
+    rounds = pretraining_throughput.QUICK_ROUNDS, pretraining_throughput.ROUNDS
+    for word, count in zip(("True", "False"), rounds, strict=True):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--shapes", "16x2", "--quick", word])
+        assert pretraining_throughput.read_flags(ALONE).rounds == count
+
+
+def test_one_command_makes_table_file_and_picture(read, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    file, picture = tmp_path / "step.json", tmp_path / "step.png"
+    variants = "slope,slope-16,huggingface"
+    read("--shapes", "16x2,8x3", "--huggingface_shapes", "8x3", "--variants", variants, "--output", f"{file}")
+    sys.argv += ["--picture", f"{picture}"]
+    pretraining_throughput.main()
+    content, printed = json.loads(file.read_text()), capsys.readouterr().out
+    cells = [(row["sequence_length"], row["sequences"], row["variant"]) for row in content["rows"]]
+    ours = ["dense", "slope", "slope-16"]
+    assert cells == [(16, 2, name) for name in ours] + [(8, 3, name) for name in (*ours, "huggingface")]
+    for row in content["rows"]:
+        tokens = row["sequence_length"] * row["sequences"]
+        assert row["tokens_per_second"] == pytest.approx(tokens / row["step"]["median"])
+        assert len(row["samples"]) == 2
+        assert row["peak_bytes"] is row["mfu"] is row["kernel_seconds"] is None
+        assert (row["against_dense"] is None) == (row["variant"] == "dense")
+    shares = [row["state_of_dense"] for row in content["rows"][:3]]
+    assert shares[0] == 1 and all(0 < share < 2 for share in shares)
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(cells)
+    assert len({line.count("|") for line in table}) == 1
+    assert printed.count("8x3: our dense is ×") == 1
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_the_picture_of_a_profile(tmp_path):
+    def row(variant, tokens):
+        kinds = dict.fromkeys(step_profile.KINDS, 1e-3)
+        sizes = {"sequences": 2, "sequence_length": 8, "accumulation": 5}
+        return sizes | {"variant": variant, "tokens_per_second": tokens, "kernel_seconds": kinds}
+
+    rows = [row("dense", 1e5), row("slope", 1.2e5)]
+    throughput_picture.draw(rows, "heading", tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+    assert throughput_picture.nanoseconds_a_token(rows[0], step_profile.IDLE) == pytest.approx(1e6 / (2 * 8 * 5))
+    cells = pretraining_throughput.PROFILE_COLUMNS
+    assert cells["attention"](rows[0]) == f"1.00 ({1 / len(step_profile.KINDS):.1%})"
+
+
+# ---------------------------------------------------------------------------------------------------------- real shards
+def test_real_shards_padded_and_unpadded(read, files, tmp_path, capsys):
+    file = tmp_path / "shards.json"
+    read("--input_dir", f"{files.train}", "--local_batch_size", "4", "--num_workers", "0", "--output", f"{file}")
+    pretraining_throughput.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["model"], row["way"]) for row in rows] == [
+        (model, way) for model in ("dense", "slope") for way in ("padded", "unpadded")
+    ]
+    for padded, unpadded in zip(rows[::2], rows[1::2], strict=True):
+        assert padded["steps"] == unpadded["steps"]
+        assert 0.1 < padded["padding_share"] < 0.5
+        assert padded["speedup"]["median"] == padded["limit"] == 1
+        assert all(0 < row["data_wait_share"] < 1 for row in (padded, unpadded))
+        real = [(1 - row["padding_share"]) for row in (padded, unpadded)]
+        assert unpadded["limit"] == pytest.approx(real[1] / real[0])  # the same tokens, in fewer places
+    assert "63 sequences of at most 16 tokens, 1 x 4 a step" in capsys.readouterr().out
+
+
+def test_what_the_padding_allows():
+    def sample(seconds, slots, waited):
+        return shard_throughput.Sample(seconds, 60.0, slots, waited, 2)
+
+    rounds = [
+        {"padded": sample(4.0, 100, 0.4), "unpadded": sample(2.0, 75, 0.0)},
+        {"padded": sample(6.0, 100, 0.0), "unpadded": sample(4.0, 75, 0.3)},
+    ]
+    padded, unpadded = shard_throughput.records("dense", 16, rounds)
+    assert padded["padding_share"] == pytest.approx(0.4) and unpadded["padding_share"] == pytest.approx(0.2)
+    assert unpadded["speedup"] == Spread(1.75, 1.5, 2.0)
+    assert unpadded["limit"] == pytest.approx(4 / 3)
+    assert [row["data_wait_share"] for row in (padded, unpadded)] == pytest.approx([0.04, 0.05])
+    assert unpadded["tokens_per_second"] == Spread(22.5, 15.0, 30.0)
+    assert unpadded["step"] == Spread(1.5, 1.0, 2.0)
+
+
+def test_rounds_in_which_a_graph_is_captured_do_not_count(monkeypatch):
+    runs = {way: SimpleNamespace(graphs_captured=0, way=way) for way in shard_throughput.WAYS}
+    taken = []
+
+    def take_sample(run, count, world):
+        taken.append((run.way, count))
+        number = sum(way == run.way for way, _ in taken)
+        if run.way == "unpadded" and number in (1, 2, 5):
+            run.graphs_captured += 1
+        return shard_throughput.Sample(number, 1.0, 1, 0.0, count)
+
+    monkeypatch.setattr(shard_throughput, "take_sample", take_sample)
+    args = SimpleNamespace(num_workers=2, rounds=2, sample_seconds=6.0)
+    kept, dropped = shard_throughput.take_rounds(runs, args, ALONE)
+    assert [samples["padded"].seconds for samples in kept] == [4, 6]
+    assert dropped == 1
+    shortest = 2 * 2 * shard_throughput.AT_LEAST  # data are waited for only once what was made ahead is used up
+    assert [count for _, count in taken] == [shortest] * 6 + [2 * shortest] * 6
+    assert [way for way, _ in taken] == ["padded", "unpadded"] * 6
+
+
+def test_both_ways_mask_as_the_recipe_does(read, files):
+    args = read("--input_dir", f"{files.train}", "--accumulation", "3")
+    padded, unpadded = (shard_throughput.flags_for("slope", way, args, 512, 4) for way in shard_throughput.WAYS)
+    assert (padded.unpad, unpadded.unpad) == ("False", "True")
+    assert (padded.max_predictions_per_seq, padded.masked_token_fraction) == (80, 0.15)
+    assert (padded.local_batch_size, padded.global_batch_size, padded.pruned_matrix) == (4, 12, "static-weight")
+    state = GpuState(None, None, None)
+    assert all(cell(dict(rows, gpu=state)) for rows in [EXAMPLE] for cell in shard_throughput.COLUMNS.values())
+
+
+EXAMPLE = shard_throughput.records(
+    "dense", 16, [dict.fromkeys(shard_throughput.WAYS, shard_throughput.Sample(1.0, 10.0, 16, 0.1, 2))]
+)[0]
