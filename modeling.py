@@ -478,9 +478,12 @@ class BertForQuestionAnswering(nn.Module):
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
-    """What torch.compile gets, one by one: blocks of one structure share one compilation."""
-    parts = [model.bert.embeddings, *model.bert.encoder.layer]
-    return [*parts, model.cls.predictions] if hasattr(model, "cls") else parts
+    """What torch.compile gets, one by one: blocks of one structure share one compilation.
+
+    Not the embeddings: compiled, their gradient would be added up in no fixed order, and no run would be repeatable.
+    """
+    blocks = list(model.bert.encoder.layer)
+    return [*blocks, model.cls.predictions] if hasattr(model, "cls") else blocks
 
 
 def encoder_blocks(model: nn.Module) -> list[tuple[str, BertLayer]]:

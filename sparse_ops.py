@@ -175,6 +175,12 @@ class DenseOperands(nn.Module):
         twice = values if self.second is None else torch.where(self.second, values, 0.0)
         self.w_backward.view(-1)[self.index] = twice.flatten().to(self.dtype)
 
+    @staticmethod
+    def refresh_all(layers: Sequence["SparseLinear"], rechoose: bool) -> None:
+        """`refresh` of many layers whose operands are of this class."""
+        for layer in layers:
+            layer.operands.refresh(layer, rechoose)
+
     def second_kept(self, layer: "SparseLinear") -> Tensor | None:
         """The values that W^{R,C} keeps, bool in the shape of the values; None where there is no second pruning."""
         return self.second
@@ -462,11 +468,15 @@ class OperandRefresh:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_post_hook(lambda *_: self.after_step())
 
+    @torch.no_grad()
     def after_step(self) -> None:
         self.steps += 1
         rechoose = self.interval > 0 and self.steps % self.interval == 0
+        kinds: dict[type, list[SparseLinear]] = {}
         for _, layer in named_layers(self.model):
-            layer.refresh(rechoose)
+            kinds.setdefault(type(layer.operands), []).append(layer)
+        for kind, layers in kinds.items():
+            kind.refresh_all(layers, rechoose)
 
     def state_dict(self) -> dict:
         """Step count, and the present choice of W^{R,C} where the next steps would not make it anew."""

@@ -60,7 +60,7 @@ class HuggingFaceStep:
         inputs |= {"labels": labels_of(batch), "next_sentence_label": batch["next_sentence_labels"]}
         self.batch = {n: t.pin_memory() if self.device.type == "cuda" else t for n, t in inputs.items()}
 
-    def connect(self, pool: "torch.cuda.MemPool | None" = None) -> SharedGraphs | None:
+    def connect(self, pool: tuple[int, int] | None = None) -> SharedGraphs | None:
         if self.device.type == "cuda" and pool is not None:
             self.graphs = SharedGraphs(self._forward_and_backward, self.model.parameters(), pool)
         return self.graphs

@@ -119,7 +119,7 @@ def captured(candidate: Candidate, world: World) -> bool:
 
 def prepare(names: Iterable[str], setting: Setting, args, world: World) -> tuple[list[Candidate], list[str]]:
     """Those of the variants that fit into memory together, and the names of those that do not."""
-    pool = torch.cuda.MemPool() if world.device.type == "cuda" else None
+    pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
     candidates, left_out = [], []
     for name in names:
         candidate = rehearsed(name, setting, args, world, pool)

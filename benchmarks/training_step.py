@@ -128,7 +128,7 @@ class TrainingStep(Stepping):
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         self.loader = itertools.repeat(batch)
 
-    def connect(self, pool: "torch.cuda.MemPool | None" = None) -> "SharedGraphs | None":
+    def connect(self, pool: tuple[int, int] | None = None) -> "SharedGraphs | None":
         """Get ready for the first step; the graphs, where it runs as graphs, share `pool` with other models'."""
         self.engine.connect()
         if self.engine.graphs is not None and pool is not None:
@@ -192,17 +192,17 @@ class SharedGraphs(MicroStepGraphs):
     graph holds the pool. Their gradients do not count.
     """
 
-    def __init__(self, function, parameters, pool: "torch.cuda.MemPool"):
+    def __init__(self, function, parameters, pool: tuple[int, int]):
         super().__init__(function, parameters, pool)
         self.rehearsing = True
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.rehearsing:
-            super()._rehearse(batch)
+            super().rehearse({name: tensor.clone() for name, tensor in batch.items()})
             return torch.zeros((), device=next(iter(batch.values())).device)
         return super().__call__(batch)
 
-    def _rehearse(self, inputs: Batch) -> None:
+    def rehearse(self, inputs: Batch) -> None:
         """Done before anything was captured."""
 
 

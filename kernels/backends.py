@@ -6,20 +6,20 @@ dense        sparse_ops.DenseOperands: everything else
 auto         cutlass where it is measured to be faster than dense execution, dense otherwise
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import autotune, layout
-from kernels.build import KernelsUnavailable
-from kernels.native import DTYPE_CODES, call_operands, loaded
-from kernels.ops import AdaptedProduct, SparseProduct, read_columns
+from kernels.build import LIBRARIES, KernelsUnavailable
+from kernels.native import call_operands, loaded, refresh_adapters, refresh_operands
+from kernels.ops import AdapterOperands, SparseProduct, adapter_width
 from sparse_ops import DenseOperands, N, SparseLinear, named_layers, pack_bits, unpack_bits
 from training.errors import UsageError
 
-RANK_MULTIPLE = 8  # of adapters in the 2:4 product: rows of 2r columns of 2 bytes, 16-byte aligned
+NO_ADAPTERS = (None,) * len(AdapterOperands._fields)
 
 
 class CutlassOperands(nn.Module):
@@ -39,10 +39,7 @@ class CutlassOperands(nn.Module):
             ("kept_backward", (columns, out // 2), dtype),
             ("metadata_backward", backward, torch.int32),
             ("second", backward if layer.m > 4 else None, torch.int32),
-            ("left_spread", None, dtype),
-            ("left_kept", None, dtype),
-            ("right_spread", None, dtype),
-            ("right_kept", None, dtype),
+            *((name, None, dtype) for name in AdapterOperands._fields),
         ):
             empty = None if shape is None else torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, empty, persistent=False)
@@ -56,30 +53,38 @@ class CutlassOperands(nn.Module):
         call_operands("forward_metadata", layer.mask_bits, self.metadata, *self._sizes(layer))
 
     def refresh(self, layer: SparseLinear, rechoose: bool) -> None:
-        if self.dtype not in (torch.bfloat16, torch.float16):
-            raise RuntimeError(f"2:4 operands must be bfloat16 or float16, not {self.dtype}")
-        if layer.values.dtype is not torch.float32:
-            raise RuntimeError(f"the values of 2:4 operands must be float32, not {layer.values.dtype}")
-        call_operands(
-            "refresh",
-            *(layer.values, layer.mask_bits, self.kept, self.metadata_backward, self.second, self.kept_backward),
-            *(*self._sizes(layer), DTYPE_CODES[self.dtype], int(rechoose)),
-        )
-        if layer.lora_left is not None:
-            self._refresh_adapters(layer)
+        self.refresh_all([layer], rechoose)
 
-    def _refresh_adapters(self, layer: SparseLinear) -> None:
-        """Four copies into place; the columns that fill up to a multiple of 8, and those between, stay zero."""
-        left, right = layer.lora_left.detach(), layer.lora_right.detach()
-        rank = left.shape[1]
-        width = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-        for side, matrix in (("left", left), ("right", right.t())):
-            if getattr(self, f"{side}_kept") is None:
-                for name, columns in ((f"{side}_kept", width), (f"{side}_spread", 2 * width)):
-                    setattr(self, name, torch.zeros(matrix.shape[0], columns, dtype=self.dtype, device=left.device))
-            kept, spread = getattr(self, f"{side}_kept"), getattr(self, f"{side}_spread")
-            kept[:, :rank].copy_(matrix if side == "left" else matrix / rank)
-            read_columns(spread).copy_(kept.unflatten(-1, (-1, 2)))
+    @staticmethod
+    def refresh_all(layers: Sequence[SparseLinear], rechoose: bool) -> None:
+        """A launch or a few for many layers, whose operands are of this class."""
+        by_dtype: dict[torch.dtype, list[SparseLinear]] = {}
+        for layer in layers:
+            if any(p.dtype is not torch.float32 for p in (layer.values, layer.lora_left) if p is not None):
+                raise RuntimeError(f"the values of 2:4 operands must be float32, not {layer.values.dtype}")
+            by_dtype.setdefault(layer.operands.dtype, []).append(layer)
+        for dtype, same in by_dtype.items():
+            if dtype not in (torch.bfloat16, torch.float16):
+                raise RuntimeError(f"2:4 operands must be bfloat16 or float16, not {dtype}")
+            refresh_operands([layer.operands._entry(layer) for layer in same], dtype, rechoose)
+            adapted = [layer.operands._adapter_entry(layer) for layer in same if layer.lora_left is not None]
+            if adapted:
+                refresh_adapters(adapted, dtype)
+
+    def _entry(self, layer: SparseLinear) -> tuple:
+        operands = (self.kept, self.metadata_backward, self.second, self.kept_backward)
+        return layer.values, layer.mask_bits, *operands, *self._sizes(layer)
+
+    def _adapter_entry(self, layer: SparseLinear) -> tuple[Tensor, ...]:
+        if self.left_rows is None:
+            width = adapter_width(layer.lora_left.shape[1])
+            for side, size in (("left", layer.in_features), ("right", layer.out_features)):
+                for name, shape in ((f"{side}_rows", (2 * width, size)), (f"{side}_kept", (size, width))):
+                    setattr(self, name, torch.empty(shape, dtype=self.dtype, device=self.kept.device))
+        return layer.lora_left, layer.lora_right, *self._adapters()
+
+    def _adapters(self) -> AdapterOperands:
+        return AdapterOperands(*(getattr(self, name) for name in AdapterOperands._fields))
 
     def second_kept(self, layer: SparseLinear) -> Tensor:
         bits = torch.empty(layer.values.numel() // 8, dtype=torch.uint8, device=layer.values.device)
@@ -99,12 +104,10 @@ class CutlassOperands(nn.Module):
 
     def forward(self, x: Tensor, layer: SparseLinear) -> Tensor:
         x = x.to(self.dtype)
-        operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward)
-        if layer.lora_left is None:
-            return SparseProduct.apply(x, layer.values, layer.bias, *operands, layer.mask_bits, layer.m)
-        adapters = (self.left_spread, self.left_kept, self.right_spread, self.right_kept)
         parameters = (layer.values, layer.bias, layer.lora_left, layer.lora_right)
-        return AdaptedProduct.apply(x, *parameters, *operands, *adapters, layer.mask_bits, layer.m)
+        operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward, layer.mask_bits, layer.m)
+        adapters = NO_ADAPTERS if layer.lora_left is None else self._adapters()
+        return SparseProduct.apply(x, *parameters, *operands, *adapters)
 
 
 class SemiStructuredOperands(DenseOperands):
@@ -186,14 +189,21 @@ def refusal(backend: str, layer: SparseLinear, dtype: torch.dtype) -> str | None
 
 
 def select_backends(
-    model: nn.Module, backend: str, dtype: torch.dtype, tokens: int, report: Callable[[str], None]
+    model: nn.Module,
+    backend: str,
+    dtype: torch.dtype,
+    tokens: int,
+    report: Callable[[str], None],
+    other_tokens: Sequence[int] = (),
 ) -> None:
     """Give every `SparseLinear` of `model`, which is on its device, the operands that run it from now on.
 
     Args:
         backend: one of `training.sparsity.SPARSE_BACKENDS`.
-        tokens: rows of a product, those of a micro-batch: what the kernels are tuned for.
+        tokens: rows of a product, those of a micro-batch: what the kernels are tuned for, and `auto` decides by.
         report: takes a line about each kind of layer.
+        other_tokens: what they are tuned for too, where micro-batches differ; any other number of rows takes the tile
+            of the nearest one.
 
     Raises:
         UsageError: when `backend` is asked for by name and cannot run a layer.
@@ -207,7 +217,7 @@ def select_backends(
         )
     for layers in kinds.values():
         name, first = layers[0]
-        make, remark = _choose(backend, name, first, dtype, tokens)
+        make, remark = _choose(backend, name, first, dtype, [tokens, *other_tokens])
         for _, layer in layers:
             if make is DenseOperands and type(layer.operands) is DenseOperands:
                 layer.set_operand_dtype(dtype)
@@ -217,7 +227,7 @@ def select_backends(
         report(f"{len(layers)} sparse layers {first.in_features} -> {first.out_features}, {pattern}: {remark}")
 
 
-def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, tokens: int):
+def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, tokens: Sequence[int]):
     """The class of a layer's operands, and what the log says of it."""
     if backend == "dense":
         return DenseOperands, "dense products"
@@ -225,8 +235,9 @@ def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, to
     reason = refusal(wanted, layer, dtype)
     try:
         if reason is None and wanted == "cutlass":
-            loaded("operands")
-            ratios = _measured_ratios(layer, dtype, tokens)
+            for library in LIBRARIES:  # all of them now: adapters may join in the middle of a run
+                loaded(library)
+            ratios = [_measured_ratios(layer, dtype, number) for number in tokens][0]
     except KernelsUnavailable as error:
         reason = str(error)
     if reason is not None:
@@ -236,7 +247,7 @@ def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, to
     if wanted == "cusparselt":
         return SemiStructuredOperands, "cuSPARSELt"
     both = len(ratios) / sum(1 / ratio for ratio in ratios)  # the two dense products take about the same time
-    measured = f"x{ratios[0]:.2f} forward, x{ratios[1]:.2f} input gradient, against dense at {tokens} tokens"
+    measured = f"x{ratios[0]:.2f} forward, x{ratios[1]:.2f} input gradient, against dense at {tokens[0]} tokens"
     if backend == "auto" and both <= 1:
         return DenseOperands, f"dense products (cutlass {measured})"
     return CutlassOperands, f"cutlass ({measured})"

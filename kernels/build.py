@@ -61,6 +61,7 @@ class Library:
 SPARSE_GEMM_VARIANTS = 3
 LIBRARIES = {
     "operands": Library((Unit("operands.cu"),)),
+    "adapters": Library((Unit("adapters.cu"),)),
     "sparse_gemm": Library(
         (Unit("sparse_gemm.cu"), *(Unit("sparse_gemm.cu", {"VARIANT": i}) for i in range(SPARSE_GEMM_VARIANTS))),
         needs_cutlass=True,

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import struct
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,19 +16,26 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "operands": {
         "slope_forward_metadata": (*[_POINTER] * 2, _LONG, _LONG, _INT, _POINTER),
-        "slope_refresh": (*[_POINTER] * 6, _LONG, _LONG, _INT, _INT, _INT, _POINTER),
+        "slope_refresh": (ctypes.c_char_p, _INT, _INT, _INT, _POINTER),
         "slope_second_bits": (*[_POINTER] * 4, _LONG, _LONG, _INT, _POINTER),
         "slope_set_second": (*[_POINTER] * 4, _LONG, _LONG, _INT, _POINTER),
         "slope_set_device": (_INT,),
         "slope_gather": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _INT, _POINTER),
+    },
+    "adapters": {
+        "slope_adapter_grads": (ctypes.c_char_p,),
+        "slope_adapter_operands": (ctypes.c_char_p, _INT, _INT, _POINTER),
     },
     "sparse_gemm": {
         "slope_sparse_gemm": (ctypes.c_char_p,),
         "slope_gemm_variants": (),
     },
 }
-# slope::Call of sparse_gemm.cuh: one packed argument costs a quarter of sixteen.
-_CALL = struct.Struct("7P4qP4i")
+# Arguments as the C structs of this name hold them: one packed argument costs a quarter of sixteen.
+_CALL = struct.Struct("7P4qP4i")  # sparse_gemm.cuh
+_ADAPTER_GRADS_CALL = struct.Struct("5P2qP4i")  # adapters.cu
+_REFRESH_ENTRY = struct.Struct("6P2q2i")  # operands.cu
+_ADAPTER_OPERANDS = struct.Struct("6P4i")  # adapters.cu
 
 
 @functools.cache
@@ -71,17 +79,58 @@ def _enter(tensor: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
+def _address(argument: Tensor | None) -> int:
+    return 0 if argument is None else argument.data_ptr()
+
+
+def _raise_if(code: int, what: str, *tensors: Tensor) -> None:
+    if code:
+        raise RuntimeError(f"{what} of {' with '.join(str(tuple(tensor.shape)) for tensor in tensors)}: CUDA {code}")
+
+
+# ------------------------------------------------------------------------------------------------------------ operands
 def call_operands(name: str, *arguments) -> None:
     """`slope_<name>` of operands.cu on the current stream; a tensor stands for its address, None for null."""
-    stream = _enter(next(argument for argument in arguments if isinstance(argument, Tensor)))
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    stream = _enter(tensors[0])
     plain = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    code = _function("operands", f"slope_{name}")(*plain, stream)
-    if code:
-        raise RuntimeError(
-            f"slope_{name} on {[tuple(a.shape) for a in arguments if isinstance(a, Tensor)]}: CUDA {code}"
-        )
+    _raise_if(_function("operands", f"slope_{name}")(*plain, stream), f"slope_{name}", *tensors)
 
 
+def refresh_operands(layers: Sequence[tuple], dtype: torch.dtype, rechoose: bool) -> None:
+    """Both operands of every layer from its values, on the current stream: one launch for 48 layers.
+
+    Args:
+        layers: of each one values, mask_bits, kept, metadata_backward, second or None, kept_backward, out, in, m.
+        dtype: of `kept` and `kept_backward`.
+        rechoose: choose W^{R,C} anew.
+    """
+    stream = _enter(layers[0][0])
+    packed = b"".join(_REFRESH_ENTRY.pack(*map(_address, layer[:6]), *layer[6:], 0) for layer in layers)
+    code = _function("operands", "slope_refresh")(packed, len(layers), DTYPE_CODES[dtype], int(rechoose), stream)
+    _raise_if(code, f"refresh of {len(layers)} layers, the first", layers[0][0])
+
+
+def refresh_adapters(layers: Sequence[tuple], dtype: torch.dtype) -> None:
+    """What the products read of every layer's adapters, on the current stream: one launch for 48 layers.
+
+    Args:
+        layers: of each one lora_left [in, rank], lora_right [rank, out] (fp32, contiguous), and the four of
+            `ops.AdapterOperands`, all of which is written.
+        dtype: of the last four.
+    """
+
+    def entry(left: Tensor, right: Tensor, *operands: Tensor) -> bytes:
+        (columns, rank), out, width = left.shape, right.shape[1], operands[-1].shape[1]
+        return _ADAPTER_OPERANDS.pack(*map(_address, (left, right, *operands)), columns, out, rank, width)
+
+    stream = _enter(layers[0][0])
+    packed = b"".join(entry(*layer) for layer in layers)
+    code = _function("adapters", "slope_adapter_operands")(packed, len(layers), DTYPE_CODES[dtype], stream)
+    _raise_if(code, f"refresh of the adapters of {len(layers)} layers, the first", layers[0][0])
+
+
+# ------------------------------------------------------------------------------------------------------------ products
 def launch_sparse_mm(
     variant: int,
     group: int,
@@ -104,9 +153,9 @@ def launch_sparse_mm(
         x.data_ptr(),
         kept.data_ptr(),
         metadata.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if adapter_x is None else adapter_x.data_ptr(),
-        0 if adapter_x is None else adapter_kept.data_ptr(),
+        _address(bias),
+        _address(adapter_x),
+        _address(adapter_kept),
         y.data_ptr(),
         x.stride(0) if x.dim() == 2 else columns,
         y.numel() // out,
@@ -122,6 +171,33 @@ def launch_sparse_mm(
     if code:
         reason = loaded("sparse_gemm").slope_gemm_error(code).decode()
         raise RuntimeError(f"2:4 product of {tuple(x.shape)} with {tuple(kept.shape)}: {reason}")
+
+
+def launch_adapter_grads(
+    grad_weight: Tensor, left_rows: Tensor, right_rows: Tensor, grad_left: Tensor, grad_right: Tensor
+) -> None:
+    """grad_left [in, rank] and grad_right [rank, out], fp32, from the dense weight gradient.
+
+    Args:
+        grad_weight: dY^T X [out, in]; left_rows and right_rows: see `ops.AdapterOperands`; all contiguous.
+    """
+    out, columns = grad_weight.shape
+    call = _ADAPTER_GRADS_CALL.pack(
+        grad_weight.data_ptr(),
+        left_rows.data_ptr(),
+        right_rows.data_ptr(),
+        grad_left.data_ptr(),
+        grad_right.data_ptr(),
+        out,
+        columns,
+        _enter(grad_weight),
+        len(left_rows) // 2,
+        len(grad_right),
+        DTYPE_CODES[grad_weight.dtype],
+        0,
+    )
+    code = _function("adapters", "slope_adapter_grads")(call)
+    _raise_if(code, "gradients of adapters", grad_weight, left_rows)
 
 
 def variant_count() -> int:

@@ -26,6 +26,20 @@ struct RefreshPointers {
   uint32_t* backward;     // two entries a word
 };
 
+// One layer of slope_refresh; kernels/native.py packs the same fields in the same order.
+struct RefreshEntry {
+  const void *values, *mask_bits;
+  void *forward, *metadata, *second_kept, *backward;
+  int64_t out, in;
+  int32_t m, reserved;
+
+  SLOPE_RULE RefreshPointers pointers() const {
+    return {static_cast<const float*>(values),    static_cast<const uint16_t*>(mask_bits),
+            static_cast<uint32_t*>(forward),      static_cast<uint32_t*>(metadata),
+            static_cast<uint32_t*>(second_kept),  static_cast<uint32_t*>(backward)};
+  }
+};
+
 struct alignas(8) TwoFloats {
   float a, b;
 };

@@ -56,11 +56,31 @@ __global__ void __launch_bounds__(kWords) forward_metadata_kernel(const uint16_t
       forward_word(mask, layer, blockIdx.y, blockIdx.x, threadIdx.x);
 }
 
+// The layers of one launch; their blocks lie one after the other.
+constexpr int kMostLayers = 48;  // the arguments of a kernel are at most 4 KiB
+
+struct RefreshTable {
+  RefreshPointers at[kMostLayers];
+  Layer layer[kMostLayers];
+  int first_block[kMostLayers];
+  int count;
+};
+static_assert(sizeof(RefreshTable) <= 4096, "arguments of a kernel");
+
 template <class Element, int kLogM, Second kSecond>
-__global__ void __launch_bounds__(kThreads, 6) refresh_kernel(RefreshPointers at, Layer layer) {
+__global__ void __launch_bounds__(kThreads, 6) refresh_kernel(__grid_constant__ const RefreshTable table) {
   using Thread = RefreshThread<Element, kLogM, kSecond>;
   __shared__ typename Thread::Shared shared;
-  Thread thread(at, layer, shared, blockIdx.x, blockIdx.y, threadIdx.x);
+  const int block = static_cast<int>(blockIdx.x);
+  int which = 0, end = table.count;  // the last layer whose first block is not after this one
+  while (end - which > 1) {
+    const int middle = (which + end) / 2;
+    (table.first_block[middle] <= block ? which : end) = middle;
+  }
+  const RefreshPointers at = table.at[which];
+  const Layer layer = table.layer[which];
+  const int inside = block - table.first_block[which], wide = blocks_of_rows(layer.in);
+  Thread thread(at, layer, shared, inside % wide, inside / wide, threadIdx.x);
   thread.load();
   if constexpr (Thread::kScans) {
     __syncthreads();
@@ -100,22 +120,38 @@ __global__ void __launch_bounds__(32 * kGatherRows) gather_kernel(GatherPointers
 
 // ---------------------------------------------------------------------------------------------------------- launchers
 template <class Element, int kLogM, Second kSecond>
-void launch_refresh(const RefreshPointers& at, const Layer& layer, cudaStream_t stream) {
-  refresh_kernel<Element, kLogM, kSecond><<<blocks_of(layer.in, layer.out), kThreads, 0, stream>>>(at, layer);
+void launch_refresh(RefreshTable* table, cudaStream_t stream) {
+  int blocks = 0;
+  for (int i = 0; i < table->count; ++i) {
+    table->first_block[i] = blocks;
+    blocks += blocks_of_rows(table->layer[i].in) * blocks_of_columns(table->layer[i].out);
+  }
+  refresh_kernel<Element, kLogM, kSecond><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(*table);
 }
 
+enum class Kind { kShort, kLong, kVeryLong };  // M = 4; up to what one tile chooses in; beyond
+
+Kind kind_of(const Layer& layer) {
+  return layer.log_m == 2 ? Kind::kShort : layer.log_m <= kLongestInTile ? Kind::kLong : Kind::kVeryLong;
+}
+
+// Layers of one kind.
 template <class Element>
-void refresh(const RefreshPointers& at, const Layer& layer, bool rechoose, cudaStream_t stream) {
-  if (layer.log_m == 2) {
-    if (rechoose) return launch_refresh<Element, 2, Second::kChoose>(at, layer, stream);
-    return launch_refresh<Element, 2, Second::kReuse>(at, layer, stream);
+void refresh(RefreshTable* table, Kind kind, bool rechoose, cudaStream_t stream) {
+  if (kind == Kind::kShort) {
+    if (rechoose) return launch_refresh<Element, 2, Second::kChoose>(table, stream);
+    return launch_refresh<Element, 2, Second::kReuse>(table, stream);
   }
-  if (!rechoose) return launch_refresh<Element, 0, Second::kReuse>(at, layer, stream);
-  if (layer.log_m <= kLongestInTile) return launch_refresh<Element, 0, Second::kChoose>(at, layer, stream);
-  const dim3 blocks(static_cast<unsigned>((layer.in + 63) / 64), static_cast<unsigned>(layer.out >> layer.log_m));
-  choose_long_kernel<<<blocks, 64, 0, stream>>>(at.values, at.mask, reinterpret_cast<uint16_t*>(at.second_kept),
-                                                layer);
-  launch_refresh<Element, 0, Second::kKept>(at, layer, stream);
+  if (!rechoose) return launch_refresh<Element, 0, Second::kReuse>(table, stream);
+  if (kind == Kind::kLong) return launch_refresh<Element, 0, Second::kChoose>(table, stream);
+  for (int i = 0; i < table->count; ++i) {
+    const RefreshPointers& at = table->at[i];
+    const Layer& layer = table->layer[i];
+    const dim3 blocks(static_cast<unsigned>((layer.in + 63) / 64), static_cast<unsigned>(layer.out >> layer.log_m));
+    choose_long_kernel<<<blocks, 64, 0, stream>>>(at.values, at.mask, reinterpret_cast<uint16_t*>(at.second_kept),
+                                                  layer);
+  }
+  launch_refresh<Element, 0, Second::kKept>(table, stream);
 }
 
 template <class Source, int kLogM, bool kWide>
@@ -158,26 +194,39 @@ int slope_forward_metadata(const void* mask_bits, void* metadata, int64_t out, i
   return launched();
 }
 
-// Both operands from the values, in one pass.
+// Both operands of each of `count` layers from its values, in one pass, in as few launches as their addresses fit in.
 //   forward    W^R, [out, in/2] bf16 (dtype 0) or fp16 (1), or null where it is not wanted
 //   metadata   of W^{R,C} transposed, uint32 [out/64 rounded up][in/256 rounded up * 4][128]
 //   second_kept  as large as `metadata`; only for M > 4, null for M = 4
 //   backward   W^{R,C} transposed, [in, out/2]
 // With `rechoose`, W^{R,C} keeps of every column and every M outs the 2 largest magnitudes of W^R (of equals the
 // earlier), and `metadata` and `second_kept` are written; without, they say what it keeps.
-int slope_refresh(const void* values, const void* mask_bits, void* forward, void* metadata, void* second_kept,
-                  void* backward, int64_t out, int64_t in, int m, int dtype, int rechoose, void* stream) {
+int slope_refresh(const RefreshEntry* layers, int count, int dtype, int rechoose, void* stream) {
+  if (dtype != kBfloat16 && dtype != kFloat16) return cudaErrorInvalidValue;
   Layer layer;
-  if (!make_layer(out, in, m, &layer) || (second_kept == nullptr) != (m == 4)) return cudaErrorInvalidValue;
-  const RefreshPointers at = {static_cast<const float*>(values),     static_cast<const uint16_t*>(mask_bits),
-                              static_cast<uint32_t*>(forward),       static_cast<uint32_t*>(metadata),
-                              static_cast<uint32_t*>(second_kept),   static_cast<uint32_t*>(backward)};
-  if (dtype == kBfloat16) {
-    refresh<ToBfloat16>(at, layer, rechoose != 0, static_cast<cudaStream_t>(stream));
-  } else if (dtype == kFloat16) {
-    refresh<ToFloat16>(at, layer, rechoose != 0, static_cast<cudaStream_t>(stream));
-  } else {
-    return cudaErrorInvalidValue;
+  for (int i = 0; i < count; ++i) {
+    const RefreshEntry& entry = layers[i];
+    if (!make_layer(entry.out, entry.in, entry.m, &layer)) return cudaErrorInvalidValue;
+    if ((entry.second_kept == nullptr) != (entry.m == 4)) return cudaErrorInvalidValue;
+  }
+  RefreshTable table;
+  for (const Kind kind : {Kind::kShort, Kind::kLong, Kind::kVeryLong}) {
+    table.count = 0;
+    const auto launch = [&] {
+      if (table.count == 0) return;
+      if (dtype == kBfloat16) refresh<ToBfloat16>(&table, kind, rechoose != 0, static_cast<cudaStream_t>(stream));
+      if (dtype == kFloat16) refresh<ToFloat16>(&table, kind, rechoose != 0, static_cast<cudaStream_t>(stream));
+      table.count = 0;
+    };
+    for (int i = 0; i < count; ++i) {
+      const RefreshEntry& entry = layers[i];
+      make_layer(entry.out, entry.in, entry.m, &layer);
+      if (kind_of(layer) != kind) continue;
+      table.layer[table.count] = layer;
+      table.at[table.count++] = entry.pointers();
+      if (table.count == kMostLayers) launch();
+    }
+    launch();
   }
   return launched();
 }

@@ -376,6 +376,12 @@ __global__ void __cluster_dims__(T::ClusterSize, 1, 1) __launch_bounds__(T::Thre
   constexpr int kClusterRows = T::Rows * T::ClusterRows, kClusterTokens = T::Tokens * T::ClusterTokens;
   Schedule const schedule{(p.out + kClusterRows - 1) / kClusterRows, (p.tokens + kClusterTokens - 1) / kClusterTokens,
                           p.group};
+  if (threadIdx.x == T::Warpgroups * kWarpgroup) {  // the thread that loads: what describes the matrices is on its way
+    for (CUtensorMap const* map : {&maps.kept, &maps.inputs}) cute::prefetch_tma_descriptor(map);
+    if (p.adapter_columns)
+      for (CUtensorMap const* map : {&maps.adapter_kept, &maps.adapter_inputs}) cute::prefetch_tma_descriptor(map);
+  }
+  if (threadIdx.x == T::Warpgroups * kWarpgroup + 32) cute::prefetch_tma_descriptor(&maps.outputs);
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::Stages; ++i) {
       ClusterBarrier::init(&shared.full[i], 1);

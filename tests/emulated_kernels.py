@@ -25,7 +25,8 @@ def launch_sparse_mm(variant, group, x, kept, metadata, bias, adapter_x, adapter
     assert metadata.dtype == torch.int32 and metadata.shape == layout.metadata_shape(out, columns)
     total = x.double() @ layout.expand(kept, metadata, out, columns).double().t()
     if adapter_x is not None:
-        assert adapter_x.is_contiguous() and adapter_kept.is_contiguous() and adapter_x.shape[1] % 16 == 0
+        assert adapter_x.is_contiguous() and adapter_kept.is_contiguous() and adapter_x.shape[-1] % 16 == 0
+        adapter_x = adapter_x.view(-1, adapter_x.shape[-1])
         assert adapter_x.shape == (tokens, 2 * adapter_kept.shape[1]) and adapter_x.dtype == adapter_kept.dtype
         read = adapter_x.unflatten(-1, (-1, 4))[..., :2].flatten(-2)  # positions 0 and 1 of every group of 4
         total += read.double() @ adapter_kept.double().t()
@@ -33,6 +34,39 @@ def launch_sparse_mm(variant, group, x, kept, metadata, bias, adapter_x, adapter
         assert bias.dtype == torch.float32 and bias.is_contiguous()
         total += bias.double()
     y.copy_(total)
+
+
+def launch_adapter_grads(grad_weight, left_rows, right_rows, grad_left, grad_right) -> None:
+    """G^T R^T / r and (G L)^T / r, summed in float64."""
+    out, columns = grad_weight.shape
+    rank, width = grad_left.shape[1], len(left_rows) // 2
+    assert all(x.is_contiguous() for x in (grad_weight, left_rows, right_rows, grad_left, grad_right))
+    assert grad_weight.dtype == left_rows.dtype == right_rows.dtype and grad_left.dtype == torch.float32
+    assert left_rows.shape == (2 * width, columns) and right_rows.shape == (2 * width, out) and width % 16 == 0
+    assert grad_left.shape == (columns, rank) and grad_right.shape == (rank, out)
+    left, right = (_at_spread_rows(rows).flatten(0, 1)[:rank].double() for rows in (left_rows, right_rows))
+    grad_left.copy_((right @ grad_weight.double()).t())
+    grad_right.copy_((grad_weight.double() @ left.t()).t() / rank)
+
+
+def _at_spread_rows(rows) -> Tensor:
+    """A view of those that something stands at, in pairs."""
+    return rows.unflatten(0, (-1, 4))[:, :2]
+
+
+def refresh_operands(layers, dtype, rechoose) -> None:
+    for layer in layers:
+        _refresh(*layer, dtype, rechoose)
+
+
+def refresh_adapters(layers, dtype) -> None:
+    for left, right, left_rows, right_rows, left_kept, right_kept in layers:
+        rank = left.shape[1]
+        for rows, kept, matrix in ((left_rows, left_kept, left), (right_rows, right_kept, right.t() / rank)):
+            assert matrix.dtype == torch.float32 and rows.dtype == kept.dtype == dtype
+            assert rows.is_contiguous() and kept.is_contiguous() and rows.shape == (2 * kept.shape[1], len(kept))
+            kept.zero_()[:, :rank].copy_(matrix)
+            _at_spread_rows(rows.zero_()).copy_(kept.t().unflatten(0, (-1, 2)))
 
 
 def call_operands(name: str, *arguments) -> None:
@@ -46,7 +80,7 @@ def _forward_metadata(mask_bits, metadata, out, columns, m) -> None:
 
 def _refresh(values, mask_bits, kept, metadata, second_words, kept_backward, out, columns, m, dtype, rechoose) -> None:
     assert values.dtype == torch.float32 and values.is_contiguous()
-    assert {0: torch.bfloat16, 1: torch.float16}[dtype] == kept.dtype == kept_backward.dtype
+    assert dtype == kept.dtype == kept_backward.dtype
     mask = unpack_bits(mask_bits, (out, columns))
     weight = torch.zeros(out, columns).masked_scatter_(mask, values)
     if rechoose:
@@ -91,21 +125,29 @@ def _gather(grad, stride, mask_bits, values, out, columns, m, dtype, accumulate)
 
 _FUNCTIONS = {
     "forward_metadata": _forward_metadata,
-    "refresh": _refresh,
     "second_bits": _second_bits,
     "set_second": _set_second,
     "gather": _gather,
 }
 
 
+_STAND_INS = {
+    function.__name__: function
+    for function in (
+        *(launch_sparse_mm, launch_adapter_grads),
+        *(refresh_operands, refresh_adapters, call_operands),
+    )
+}
+
+
 def install(monkeypatch) -> torch.library.Library:
     """Let the backends and operators run on the CPU, as long as the returned library lives."""
-    for module in (ops, backends):
-        monkeypatch.setattr(module, "call_operands", call_operands)
-    for module in (ops, autotune):
-        monkeypatch.setattr(module, "launch_sparse_mm", launch_sparse_mm)
+    for module in (ops, backends, autotune):
+        for name, stand_in in _STAND_INS.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr(autotune, "variant_count", lambda: VARIANTS)
     library = torch.library.Library("slope", "IMPL")
-    library.impl("sparse_mm", ops._sparse_mm, "CPU")
-    library.impl("gather", ops._gather, "CPU")
+    for name, implementation in ops.IMPLEMENTATIONS.items():
+        library.impl(name, implementation, "CPU")
     return library

@@ -1,6 +1,7 @@
 """What kernels/operands.cu must compute, held against kernels/layout.py and sparse_ops: shared by CPU and GPU tests."""
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIZES = [_SIZE, _SIZE, _INT]  # out, in, m
 _FUNCTIONS = {
     "slope_forward_metadata": [_POINTER] * 2 + _SIZES,
-    "slope_refresh": [_POINTER] * 6 + _SIZES + [_INT, _INT],
+    "slope_refresh": [ctypes.c_char_p, _INT, _INT, _INT],
     "slope_second_bits": [_POINTER] * 4 + _SIZES,
     "slope_set_second": [_POINTER] * 4 + _SIZES,
     "slope_gather": [_POINTER, _SIZE, _POINTER, _POINTER] + _SIZES + [_INT, _INT],
@@ -54,6 +55,8 @@ class Case:
     mask_bits: Tensor
     index: Tensor
     values: Tensor
+    chosen: Tensor | None = None
+    """An earlier choice of W^{R,C}."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -131,11 +134,35 @@ class Operands:
         self.metadata = words(case.inp, case.out)
         self.second_kept = None if case.m == 4 else words(case.inp, case.out)
 
+    def entry(self, case: Case, forward: bool = True) -> bytes:
+        """The layer as slope_refresh takes it."""
+        written = (self.forward if forward else None, self.metadata, self.second_kept, self.backward)
+        return refresh_entry(case.values, case.mask_bits, *written, *case.sizes)
+
     def refresh(self, library: OperandLibrary, case: Case, rechoose: bool, forward: bool = True) -> None:
-        library.call(
-            "refresh", case.values, case.mask_bits, self.forward if forward else None, self.metadata, self.second_kept,
-            self.backward, *case.sizes, DTYPES[self.backward.dtype], int(rechoose),
-        )  # fmt: skip
+        library.call("refresh", self.entry(case, forward), 1, DTYPES[self.backward.dtype], int(rechoose))
+
+
+def refresh_entry(*arguments) -> bytes:
+    """slope::RefreshEntry: six tensors, or None for null, and out, in, m."""
+    addresses = (0 if x is None else x.data_ptr() for x in arguments[:6])
+    return struct.pack("6P2q2i", *addresses, *arguments[6:], 0)
+
+
+def check_refresh_of_many(library: OperandLibrary, dtype: torch.dtype = torch.bfloat16) -> None:
+    """More layers than a launch holds, of several sizes and patterns: each as if it were alone."""
+    shapes = [(64, 64, 4), (128, 192, 8), (192, 128, 4), (128, 256, 128), (320, 80, 16), (48, 16, 4)] * 20
+    cases = [make_case(*shape, "random", library.device, seed) for seed, shape in enumerate(shapes)]
+    operands = [Operands(case, dtype, library.device) for case in cases]
+    for rechoose in (True, False):
+        if not rechoose:
+            for case in cases:
+                case.chosen = case.second
+                case.values.mul_(torch.linspace(1, 2, case.values.numel(), device=library.device).view_as(case.values))
+        packed = b"".join(each.entry(case) for each, case in zip(operands, cases, strict=True))
+        library.call("refresh", packed, len(cases), DTYPES[dtype], int(rechoose))
+        for each, case in zip(operands, cases, strict=True):
+            _check_operands(each, case, case.second if rechoose else case.chosen, dtype)
 
 
 def check_forward_metadata(library: OperandLibrary, case: Case) -> None:

@@ -47,6 +47,24 @@ void refresh(const RefreshPointers& at, const Layer& layer) {
   }
 }
 
+void refresh_layer(const RefreshPointers& at, const RefreshEntry& entry, bool rechoose) {
+  const Layer layer = make_layer(entry.out, entry.in, entry.m);
+  if (entry.m == 4) {
+    rechoose ? refresh<2, Second::kChoose>(at, layer) : refresh<2, Second::kReuse>(at, layer);
+  } else if (!rechoose) {
+    refresh<0, Second::kReuse>(at, layer);
+  } else if (entry.m <= 64) {
+    refresh<0, Second::kChoose>(at, layer);
+  } else {
+    for (int i = 0; i < layer.in; ++i) {
+      for (int group = 0; group < layer.out >> layer.log_m; ++group) {
+        choose_long_group(at.values, at.mask, reinterpret_cast<uint16_t*>(at.second_kept), layer, i, group);
+      }
+    }
+    refresh<0, Second::kKept>(at, layer);
+  }
+}
+
 template <class Source, int kLogM, bool kWide>
 void gather(const GatherPointers& at, const Layer& layer) {
   constexpr int kRows = GatherThread<Source, kLogM, kWide>::kRows, kStep = 8;
@@ -82,26 +100,9 @@ int slope_forward_metadata(const uint16_t* mask, uint32_t* metadata, int64_t out
   return 0;
 }
 
-int slope_refresh(const float* values, const uint16_t* mask, uint32_t* forward, uint32_t* metadata,
-                  uint32_t* second_kept, uint32_t* backward, int64_t out, int64_t in, int m, int dtype, int rechoose,
-                  void*) {
+int slope_refresh(const RefreshEntry* layers, int count, int dtype, int rechoose, void*) {
   if (dtype != 0) return 1;
-  const Layer layer = make_layer(out, in, m);
-  const RefreshPointers at = {values, mask, forward, metadata, second_kept, backward};
-  if (m == 4) {
-    rechoose ? refresh<2, Second::kChoose>(at, layer) : refresh<2, Second::kReuse>(at, layer);
-  } else if (!rechoose) {
-    refresh<0, Second::kReuse>(at, layer);
-  } else if (m <= 64) {
-    refresh<0, Second::kChoose>(at, layer);
-  } else {
-    for (int i = 0; i < layer.in; ++i) {
-      for (int group = 0; group < layer.out >> layer.log_m; ++group) {
-        choose_long_group(values, mask, reinterpret_cast<uint16_t*>(second_kept), layer, i, group);
-      }
-    }
-    refresh<0, Second::kKept>(at, layer);
-  }
+  for (int i = 0; i < count; ++i) refresh_layer(layers[i].pointers(), layers[i], rechoose != 0);
   return 0;
 }
 

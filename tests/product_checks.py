@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import build
 from kernels.backends import CutlassOperands
-from kernels.ops import gather, sparse_mm
+from kernels.ops import adapter_grads, gather, sparse_mm
 from sparse_ops import DenseOperands, N, OperandRefresh, SparseLinear, named_layers, nm_mask
 
 IN, OUT = 336, 272  # multiples of 16, the least that the kernels take, and of nothing more
@@ -142,7 +142,7 @@ def assert_as_exact(found: dict, reference: dict, exact: dict, name: str) -> Non
         errors, allowed = (side[key].double() - truth for side in (found, reference))
         floor = 1e-6 * truth.abs().max()
         mean, worst = errors.square().mean().sqrt(), errors.abs().max()
-        assert mean <= 1.25 * allowed.square().mean().sqrt() + floor, f"{name}: {key} is off by {mean:g} in the mean"
+        assert mean <= 1.5 * allowed.square().mean().sqrt() + floor, f"{name}: {key} is off by {mean:g} in the mean"
         assert worst <= 2 * allowed.abs().max() + floor, f"{name}: {key} is off by {worst:g} at the worst"
 
 
@@ -217,7 +217,37 @@ def check_events(device, m: int) -> None:
         layer.lora_right.normal_()
     layer.refresh(rechoose=True)
     assert [buffer.data_ptr() for buffer in layer.operands.buffers()] == places
-    assert torch.equal(layer.operands.right_kept, (layer.lora_right.detach().t() / 8).bfloat16())
+    check_adapter_operands(layer)
+
+
+def check_many_layers(device) -> None:
+    """One refresh of layers of several sizes, patterns, ranks and dtypes leaves each as its own refresh does."""
+    kinds = ((4, 0, (64, 80)), (8, 24, (272, 336)), (4, 3, (64, 80)), (16, 0, (128, 64)), (4, 80, (336, 272)))
+    layers = [make_layer(device, m, rank, sizes=sizes, seed=i) for i, (m, rank, sizes) in enumerate(kinds)]
+    model = nn.ModuleList(on_cutlass(layer, HALF_DTYPES[i % 2]) for i, layer in enumerate(layers))
+    before = [[buffer.clone() for buffer in layer.operands.buffers()] for layer in layers]
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data.copy_(normal(device, *parameter.shape, seed=i))
+    OperandRefresh(model).after_step()
+    together = [[buffer.clone() for buffer in layer.operands.buffers()] for layer in layers]
+    for layer, old, new in zip(layers, before, together, strict=True):
+        layer.refresh(rechoose=True)
+        alone = dict(layer.operands.named_buffers())
+        for (name, buffer), was, now in zip(alone.items(), old, new, strict=True):
+            assert torch.equal(now, buffer), name
+            assert name == "metadata" or not torch.equal(now, was), f"{name} must follow the values"
+
+
+def check_adapter_operands(layer: SparseLinear) -> None:
+    """All four are the parameters of now, with zeros in the columns that fill up."""
+    operands, rank = layer.operands, layer.lora_left.shape[1]
+    left, right = layer.lora_left.detach(), (layer.lora_right.detach().t().double() / rank).float()
+    for matrix, kept, rows in (
+        (left, operands.left_kept, operands.left_rows),
+        (right, operands.right_kept, operands.right_rows),
+    ):
+        assert torch.equal(kept[:, :rank], matrix.to(kept.dtype)) and not kept[:, rank:].any()
+        assert torch.equal(rows, spread_columns(kept).t()) and rows.is_contiguous() and kept.is_contiguous()
 
 
 def check_second_choice(device, m: int) -> None:
@@ -281,6 +311,21 @@ def check_compiled(device, backend: str) -> None:
             new_values(model)
 
 
+def check_compiled_for_any_tokens(device, backend: str) -> None:
+    """One graph for every number of tokens, of rows and of sequences: compiled once, forward and backward."""
+    model = make_stack(device)
+    parameters = list(model.parameters())
+    for shapes in (((384,), (130,), (7296,), (129,)), ((2, 70), (3, 70), (5, 33))):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+        for i, shape in enumerate(shapes):
+            x = normal(device, *shape, 256, seed=1, dtype=torch.bfloat16).requires_grad_()
+            grad_y = normal(device, *shape, 256, seed=2, dtype=torch.bfloat16)
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                found = stack_results(compiled, parameters, x, grad_y)
+            assert_near(found, stack_results(model, parameters, x, grad_y))
+
+
 def check_checkpointed(device) -> None:
     model, sample = make_stack(device), stack_sample(device)
     parameters = list(model.parameters())
@@ -296,12 +341,13 @@ def check_operators(device) -> None:
     """The rules of torch.library: schema, fake kernels, tracing with dynamic shapes."""
     layer = on_cutlass(make_layer(device, rank=8))
     operands, x = layer.operands, normal(device, 6, IN, seed=1, dtype=torch.bfloat16)
-    adapters = (x @ operands.left_spread, operands.right_kept)
+    adapters = (x @ operands.left_rows.t(), operands.right_kept)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for arguments in ((layer.bias.detach(), None, None), (None, *adapters)):
         torch.library.opcheck(sparse_mm, (x, operands.kept, operands.metadata, *arguments), test_utils=checks)
     gradient = normal(device, OUT, IN, seed=2, dtype=torch.bfloat16)
     torch.library.opcheck(gather, (gradient, layer.mask_bits, layer.m), test_utils=checks)
+    torch.library.opcheck(adapter_grads, (gradient, operands.left_rows, operands.right_rows, 8), test_utils=checks)
 
 
 def spread_columns(matrix: Tensor) -> Tensor:

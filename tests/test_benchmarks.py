@@ -303,7 +303,7 @@ def memory_rows(monkeypatch, tmp_path, *flags: str) -> dict[tuple[str, str, int]
 
 def test_bytes_of_a_block(on_processor, small_bert, monkeypatch, tmp_path):
     weights, biases = 4 * HIDDEN**2 + 2 * HIDDEN * INNER, 5 * HIDDEN + INNER
-    for rank in (0, 8):
+    for rank in (0, 16):
         more = 2 * rank * (5 * HIDDEN + INNER)  # L and R
         rows = memory_rows(monkeypatch, tmp_path, "--ranks", str(rank))
         row = rows["training", "linear layers of a block", rank]
@@ -350,7 +350,7 @@ def test_setup(on_processor, small_bert, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(build, "library", library)
     file, cache = tmp_path / "setup.json", tmp_path / "cache"
     run_main(setup_overhead, monkeypatch, "--rounds", "2", "--output", str(file), "--cache", str(cache))
-    assert asked == [("operands", str(cache)), ("sparse_gemm", str(cache))]
+    assert asked == [(library, str(cache)) for library in ("operands", "adapters", "sparse_gemm")]
     rows = json.loads(file.read_text())["rows"]
     step = [row for row in rows if "share" in row]
     assert len(step) == 4

@@ -8,6 +8,7 @@ Skipped, with the reason, where there is no GPU that can run them or no way to c
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,10 +24,12 @@ from operand_checks import (
     check_forward_metadata,
     check_gather,
     check_refresh,
+    check_refresh_of_many,
     check_reuse,
     check_second_bits,
     check_without_forward,
     make_case,
+    refresh_entry,
     sizes_for,
 )
 
@@ -72,6 +75,11 @@ def test_operands(library, out, inp, m, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_many_layers_are_refreshed_together(library, dtype):
+    check_refresh_of_many(library, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize(("out", "inp", "m"), CASES)
 def test_operands_of_an_old_choice(library, out, inp, m, dtype):
     for kind in KINDS:
@@ -103,7 +111,8 @@ def test_sizes_that_no_kernel_takes_are_refused(library):
     operands = Operands(case, torch.bfloat16, "cuda")
     outputs = (None, operands.metadata, None, operands.backward)
     for out, inp, m, dtype in [(64, 8, 4, 0), (64, 64, 12, 0), (64, 48, 32, 0), (64, 64, 8, 0), (64, 64, 4, 2)]:
-        assert library.code("refresh", case.values, case.mask_bits, *outputs, out, inp, m, dtype, 1) == 1
+        entry = refresh_entry(case.values, case.mask_bits, *outputs, out, inp, m)
+        assert library.code("refresh", entry, 1, dtype, 1) == 1
     assert library.code("gather", case.values, 32, case.mask_bits, case.values, 64, 64, 4, 2, 0) == 1  # stride < in
     torch.cuda.synchronize()
 
@@ -144,20 +153,25 @@ def microseconds(launches) -> float:
 
 
 def copies(out: int, inp: int, m: int) -> list[Case]:
-    """As many layers as do not fit the L2 cache together."""
-    return [make_case(out, inp, m, "random", "cuda", seed) for seed in range(max(4, 2**28 // (out * inp * 4)))]
+    """As many layers as do not fit the L2 cache together, with the same content."""
+    case, count = make_case(out, inp, m, "random", "cuda"), max(4, 2**28 // (out * inp * 4))
+    return [replace(case, mask_bits=case.mask_bits.clone(), values=case.values.clone()) for _ in range(count)]
 
 
-def refresh_speed(library: OperandLibrary, out: int, inp: int, m: int, rechoose: bool) -> str:
+def refresh_speed(library: OperandLibrary, out: int, inp: int, m: int, rechoose: bool, together: bool = False) -> str:
     cases = copies(out, inp, m)
     arrays = [Operands(case, torch.bfloat16, "cuda") for case in cases]
     for case, operands in zip(cases, arrays, strict=True):
         operands.refresh(library, case, rechoose=True)
     pairs = list(zip(cases, arrays, strict=True))
-    time = microseconds([lambda c=c, o=o: o.refresh(library, c, rechoose) for c, o in pairs])
+    if together:
+        packed = b"".join(operands.entry(case) for case, operands in pairs)
+        time = microseconds([lambda: library.call("refresh", packed, len(pairs), 0, int(rechoose))]) / len(pairs)
+    else:
+        time = microseconds([lambda c=c, o=o: o.refresh(library, c, rechoose) for c, o in pairs])
     index_bytes = out * inp * (0.125 if m == 4 else 0.25)  # metadata, and second_kept for M > 4
     size = cases[0].values.numel() * 4 + out * inp * 2 + out * inp / 8 + index_bytes
-    kind = "chosen anew" if rechoose else "old choice "
+    kind = f"{'chosen anew' if rechoose else 'old choice '}{', together' if together else ''}"
     return f"refresh {out} x {inp} 2:{m} {kind}: {time:7.2f} us, {size / time / 1e3:6.0f} GB/s"
 
 
@@ -189,6 +203,7 @@ def speeds(library: OperandLibrary):
     yield copy_speed()
     for out, inp in BERT_LARGE:
         yield refresh_speed(library, out, inp, 4, rechoose=True)
+        yield refresh_speed(library, out, inp, 4, rechoose=True, together=True)
         yield refresh_speed(library, out, inp, 4, rechoose=False)
         yield gather_speed(library, out, inp, 4, torch.bfloat16, accumulate=False)
         yield gather_speed(library, out, inp, 4, torch.bfloat16, accumulate=True)

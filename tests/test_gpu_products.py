@@ -22,8 +22,10 @@ from product_checks import (
     assert_near,
     check_checkpointed,
     check_compiled,
+    check_compiled_for_any_tokens,
     check_events,
     check_layer,
+    check_many_layers,
     check_no_tokens,
     check_operators,
     check_second_choice,
@@ -153,7 +155,7 @@ def test_what_no_tile_can_run_is_an_error(out, columns, variant, reason):
 
 # -------------------------------------------------------------------------------------------------------- whole layers
 @half_dtypes
-@pytest.mark.parametrize("rank", [0, 4, 16, 64])
+@pytest.mark.parametrize("rank", [0, 4, 16, 64, 80, 144])
 @every_m
 def test_layer_computes_what_dense_operands_compute(m, rank, dtype):
     check_layer("cuda", m, rank, dtype)
@@ -172,6 +174,10 @@ def test_no_tokens_give_no_outputs_and_zero_gradients(rank):
 @every_m
 def test_operands_are_fresh_after_every_event_and_stay_where_they_are(m):
     check_events("cuda", m)
+
+
+def test_many_layers_are_refreshed_as_each_alone():
+    check_many_layers("cuda")
 
 
 @every_m
@@ -202,6 +208,10 @@ def test_operator_refuses_other_dtypes():
 # ---------------------------------------------------------------------------------- compiled, captured, computed again
 def test_compiled_stack_is_one_graph_and_reads_refreshed_operands():
     check_compiled("cuda", "inductor")
+
+
+def test_compiled_stack_takes_any_number_of_tokens():
+    check_compiled_for_any_tokens("cuda", "inductor")
 
 
 def test_checkpointed_stack_computes_the_same():

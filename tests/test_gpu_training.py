@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from product_checks import assert_near, unavailable
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.backends import CutlassOperands
 from modeling import BertConfig, BertForPreTraining, pretraining_loss_sums
@@ -38,13 +38,27 @@ BERT |= {"intermediate_size": 512, "max_position_embeddings": LENGTH}
 BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def make_engine(backend: str, interval: int = 1) -> Engine:
+def objective(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    ids = batch["input_ids"]
+    scores = model(ids, torch.zeros_like(ids), None, batch["masked_positions"])
+    sums = pretraining_loss_sums(*scores, batch["masked_labels"], batch["next_sentence_labels"])
+    loss = sums[0] / (BATCH * MASKED) + sums[1] / BATCH
+    return loss, loss
+
+
+def make_engine(backend: str, interval: int = 1, compiled: bool = False) -> Engine:
+    """Compiled, its micro-steps are also captured as CUDA graphs."""
     model = build_model(
         lambda: BertForPreTraining(BertConfig(**BERT)), SparsityConfig(pruned_matrix="static-weight"), seed=0
     )
     flags = {"optimizer": "fused-lamb", "learning_rate": 0.0, "weight_decay": 0.01, "lora_weight_decay": 1e-4}
     flags |= {"max_grad_norm": 1.0, "precision": "bf16", "double_prune_interval": interval, "sparse_backend": backend}
-    engine = Engine(model, World(0, 1, 0, torch.device("cuda", 0)), SimpleNamespace(**flags), BATCH * LENGTH, print)
+    world, parts = World(0, 1, 0, torch.device("cuda", 0)), list(model.bert.encoder.layer) if compiled else []
+    engine = Engine(
+        *(model, world, SimpleNamespace(**flags), BATCH * LENGTH, print, objective),
+        compiled=parts,
+        captured=compiled,
+    )
     engine.connect()
     kind = {"cutlass": CutlassOperands, "dense": DenseOperands}[backend]
     layers = named_layers(model)
@@ -94,12 +108,9 @@ def train(engine: Engine, batches: list, join: int = 0, parts: int = 1, order: i
             engine.join_adapters(**ADAPTERS)
         rows = torch.arange(BATCH) if order is None else torch.randperm(BATCH, generator=generator)
         losses.append(0.0)
-        for chosen in rows.cuda().chunk(parts):
+        for i, chosen in enumerate(rows.cuda().chunk(parts)):
             part = {name: tensor[chosen] for name, tensor in batch.items()}
-            sums = pretraining_loss_sums(*scores_of(engine, part), part["masked_labels"], part["next_sentence_labels"])
-            loss = sums[0] / (BATCH * MASKED) + sums[1] / BATCH
-            engine.backward(loss)
-            losses[-1] += loss.detach()
+            losses[-1] += engine.micro_step(part, last=i == parts - 1)
         engine.step(1e-2 * min(1.0, (step + 1) / 20))
     return torch.stack(losses).tolist()
 
@@ -112,14 +123,18 @@ def masks_of(engine: Engine) -> list[Tensor]:
     return [layer.mask_bits.clone() for _, layer in named_layers(engine.model)]
 
 
-def test_training_stays_together_with_dense_training(capsys):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled and captured"])
+def test_training_stays_together_with_dense_training(capsys, compiled):
     batches = make_batches(STEPS)
-    sparse, dense = make_engine("cutlass"), make_engine("dense")
+    sparse, dense = (make_engine(backend, compiled=compiled) for backend in ("cutlass", "dense"))
     masks = [layer.mask_bits.clone() for _, layer in named_layers(sparse.model)]
     losses = train(dense, batches, JOIN)
     distance = largest_difference(train(sparse, batches, JOIN), losses)
     others = [{"order": 1}, {"order": 2}, {"parts": 2}, {"parts": 4}]
-    allowed = [largest_difference(train(make_engine("dense"), batches, JOIN, **how), losses) for how in others]
+    allowed = [
+        largest_difference(train(make_engine("dense", compiled=compiled), batches, JOIN, **how), losses)
+        for how in others
+    ]
     with capsys.disabled():
         print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f} in {STEPS} steps; largest difference to dense products:")
         print(f"  cutlass {distance:.5f}; dense in other orders {', '.join(f'{x:.5f}' for x in allowed)}", flush=True)

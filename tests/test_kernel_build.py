@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pretraining_runs import ROOT
 
-from kernels import build
+from kernels import build, native
 
 FAKE_NVCC = """\
 #!/bin/sh
@@ -271,7 +271,7 @@ def test_command_prints_the_paths(machine):
 @pytest.mark.parametrize(
     ("arguments", "environment", "line"),
     [
-        (["gemm"], {}, "LIBRARY: must be one of operands, sparse_gemm, not gemm"),
+        (["gemm"], {}, "LIBRARY: must be one of operands, adapters, sparse_gemm, not gemm"),
         (["--jobs", "0"], {}, "--jobs: must be a whole number of at least 1, not 0"),
         ([], {"CUDACXX": "/nowhere/nvcc"}, "CUDACXX=/nowhere/nvcc is no program"),
     ],
@@ -292,3 +292,12 @@ def test_operands_compile_and_refuse_what_they_cannot_do(tmp_path, monkeypatch):
     for out, inp, m in [(64, 8, 4), (8, 64, 4), (64, 64, 2), (64, 64, 12), (64, 48, 32), (0, 64, 4), (1 << 22, 64, 4)]:
         code = library.slope_forward_metadata(None, None, sizes(out), sizes(inp), m, None)
         assert code == invalid_value, (out, inp, m)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH, and this machine has none")
+@pytest.mark.parametrize("name", [name for name, library in build.LIBRARIES.items() if not library.needs_cutlass])
+def test_compiled_libraries_have_the_functions_that_are_called(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOPE_KERNEL_CACHE", str(tmp_path))
+    library = ctypes.CDLL(str(build.library(name)))
+    assert all(hasattr(library, function) for function in native._SIGNATURES[name])

@@ -11,6 +11,7 @@ from operand_checks import (
     check_forward_metadata,
     check_gather,
     check_refresh,
+    check_refresh_of_many,
     check_reuse,
     check_second_bits,
     check_without_forward,
@@ -95,6 +96,10 @@ def test_threads_make_the_operands(library, out, inp, m, kind):
     case = make_case(out, inp, m, kind, "cpu")
     check_forward_metadata(library, case)
     check_refresh(library, case)
+
+
+def test_many_layers_are_refreshed_together(library):
+    check_refresh_of_many(library)
 
 
 @pytest.mark.parametrize(("out", "inp", "m", "kind"), CASES)

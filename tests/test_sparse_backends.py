@@ -175,6 +175,13 @@ def test_layers_of_a_kind_are_measured_once_and_other_kinds_apart(hopper):
         selected(model, "cutlass")
 
 
+def test_micro_batches_of_several_sizes_are_tuned_for(hopper):
+    lines, model = [], model_of(query=linear_layer(size=(64, 96)))
+    backends.select_backends(model, "cutlass", BF16, 4096, lines.append, other_tokens=[2048, 7296])
+    assert hopper.tuned == [(t, *sizes, BF16) for t in (4096, 2048, 7296) for sizes in ((64, 96), (96, 64))]
+    assert len(lines) == 1 and lines[0].endswith("against dense at 4096 tokens)")
+
+
 @pytest.mark.parametrize("where", ["operands", "sparse_gemm"])
 def test_kernels_that_cannot_be_compiled(hopper, monkeypatch, where):
     def fail(*_):

@@ -11,8 +11,10 @@ from product_checks import (
     IN,
     check_checkpointed,
     check_compiled,
+    check_compiled_for_any_tokens,
     check_events,
     check_layer,
+    check_many_layers,
     check_no_tokens,
     check_operators,
     check_second_choice,
@@ -65,6 +67,10 @@ def test_operands_are_fresh_after_every_event_and_stay_where_they_are(emulated, 
     check_events("cpu", m)
 
 
+def test_many_layers_are_refreshed_as_each_alone(emulated):
+    check_many_layers("cpu")
+
+
 @pytest.mark.parametrize("m", [4, 8])
 def test_a_choice_of_the_second_pruning_stays_and_returns(emulated, m):
     check_second_choice("cpu", m)
@@ -106,25 +112,29 @@ def test_autograd_is_the_papers_algebra(monkeypatch, rank, bias):
         out, columns = kept.shape[0], x.shape[-1]
         y = x @ layout.expand(kept, metadata, out, columns).t() + (0 if bias is None else bias)
         if adapter_x is not None:  # a 2:4 operand too, with its entries at positions 0 and 1 of every 4
-            places = layout.to_fragment_order(torch.full((out, adapter_x.shape[1] // 4), layout.EMPTY_NIBBLE))
-            y += (adapter_x @ layout.expand(adapter_kept, places, out, adapter_x.shape[1]).t()).view(y.shape)
+            places = layout.to_fragment_order(torch.full((out, adapter_x.shape[-1] // 4), layout.EMPTY_NIBBLE))
+            y += (adapter_x @ layout.expand(adapter_kept, places, out, adapter_x.shape[-1]).t()).view(y.shape)
         return y
 
     def gather(grad, mask_bits, m):
         assert m == 4 and torch.equal(mask_bits, pack_bits(mask))
         return grad[mask].view(32, 24)
 
-    monkeypatch.setattr(ops, "sparse_mm", sparse_mm)
-    monkeypatch.setattr(ops, "gather", gather)
-    operands = (*layout.compress(weight, mask), *layout.backward_operand(weight, mask, second))
-    adapters = ()
+    def adapter_grads(grad, left_rows, right_rows, rank):
+        left, right = (rows.unflatten(0, (-1, 4))[:, :2].flatten(0, 1)[:rank] for rows in (left_rows, right_rows))
+        return (right @ grad).t(), (grad @ left.t()).t() / rank
+
+    for function in (sparse_mm, gather, adapter_grads):
+        monkeypatch.setattr(ops, function.__name__, function)
+    operands = (*layout.compress(weight, mask), *layout.backward_operand(weight, mask, second), pack_bits(mask), 4)
+    adapters = (None,) * 4
     if rank:
-        pad = (0, -rank % 8)
+        pad = (0, ops.adapter_width(rank) - rank)
         sides = F.pad(left.detach(), pad), F.pad(right.detach().t() / rank, pad)
-        adapters = tuple(matrix for side in sides for matrix in (spread_columns(side), side))
+        adapters = ops.AdapterOperands(*(spread_columns(side).t() for side in sides), *sides)
     x.requires_grad_()
-    product = ops.AdaptedProduct if rank else ops.SparseProduct
-    y = product.apply(x, *parameters.values(), *operands, *adapters, pack_bits(mask), 4)
+    given = [parameters.get(name) for name in ("values", "bias", "left", "right")]
+    y = ops.SparseProduct.apply(x, *given, *operands, *adapters)
     y.backward(grad_y)
 
     with torch.no_grad():
@@ -137,23 +147,23 @@ def test_autograd_is_the_papers_algebra(monkeypatch, rank, bias):
                 torch.testing.assert_close(parameters[name].grad, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(3, 8), (5, 16)])
-def test_spread_columns_stand_where_the_product_reads_and_come_back(rows, columns):
-    matrix = torch.randn(rows, columns)
-    spread = spread_columns(matrix)
-    expected = torch.zeros(rows, 2 * columns)
-    for c in range(columns):
+def test_spread_columns_stand_where_the_product_reads():
+    matrix = torch.randn(3, 16)
+    expected = torch.zeros(3, 32)
+    for c in range(16):
         expected[:, c // 2 * 4 + c % 2] = matrix[:, c]
-    assert torch.equal(spread, expected)
-    for rank in (1, columns - 3, columns):
-        gathered = ops.gathered_columns(spread.bfloat16(), rank)
-        assert gathered.dtype == FP32 and torch.equal(gathered, matrix[:, :rank].bfloat16().float())
+    assert torch.equal(spread_columns(matrix), expected)
 
 
-@pytest.mark.parametrize("needed", [(), ("x",), ("values",), ("lora_left", "bias")])
+@pytest.mark.parametrize(("rank", "width"), [(1, 16), (16, 16), (17, 32), (80, 80), (129, 144)])
+def test_adapters_are_filled_up_to_what_the_kernels_take(rank, width):
+    assert ops.adapter_width(rank) == width
+
+
+@pytest.mark.parametrize("needed", [(), ("x",), ("values",), ("lora_left", "bias"), ("values", "lora_right")])
 def test_only_gradients_that_are_needed_are_computed(emulated, monkeypatch, needed):
     calls = []
-    for name in ("sparse_mm", "gather", "gathered_columns"):
+    for name in ("sparse_mm", "gather", "adapter_grads"):
         function = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, name=name, function=function: calls.append(name) or function(*a))
     layer = on_cutlass(make_layer("cpu", rank=8))
@@ -166,8 +176,8 @@ def test_only_gradients_that_are_needed_are_computed(emulated, monkeypatch, need
         y.sum().backward()
     for name, tensor in (("x", x), *layer.named_parameters()):
         assert (tensor.grad is not None) == (name in needed), name
-    expected = ["sparse_mm"] + ["sparse_mm"] * ("x" in needed) + ["gather"] * ("values" in needed)
-    assert calls == expected + ["gathered_columns"] * sum(name.startswith("lora") for name in needed)
+    expected = ["sparse_mm"] * (1 + ("x" in needed)) + ["gather"] * ("values" in needed)
+    assert calls == expected + ["adapter_grads"] * any(name.startswith("lora") for name in needed)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -213,6 +223,9 @@ def test_fake_kernels_know_shapes_and_dtypes(place):
                 bits = torch.empty(96 * 64 // 8, dtype=torch.uint8)
                 values = ops.gather(torch.empty(96, 64, dtype=dtype), bits, m)
                 assert values.shape == (96, 128 // m) and values.dtype == FP32
+            rows = [torch.empty(64, size, dtype=dtype) for size in (64, 96)]
+            gradients = ops.adapter_grads(torch.empty(96, 64, dtype=dtype), *rows, 20)
+            assert [g.shape for g in gradients] == [(64, 20), (20, 96)] and all(g.dtype == FP32 for g in gradients)
 
 
 def test_operators_keep_the_rules_of_torch_library(emulated):
@@ -230,16 +243,21 @@ def test_compiled_stack_is_one_graph_and_reads_refreshed_operands(emulated):
     check_compiled("cpu", "aot_eager")
 
 
+def test_compiled_stack_takes_any_number_of_tokens(emulated):
+    check_compiled_for_any_tokens("cpu", "aot_eager")
+
+
 def test_compiler_sees_one_node_a_product(emulated):
     counts = []
 
     def count(graph, inputs):
         names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-        counts.append([sum(name.startswith(op) for name in names) for op in ("slope.sparse_mm", "slope.gather")])
+        operators = ("sparse_mm", "gather", "adapter_grads")
+        counts.append([sum(name.startswith(f"slope.{operator}") for name in names) for operator in operators])
         return make_boxed_func(graph)
 
     torch._dynamo.reset()
     model = make_stack("cpu")
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
     stack_results(compiled, list(model.parameters()), *stack_sample("cpu"))
-    assert counts == [[2, 0], [2, 2]]  # forward, backward: two layers
+    assert counts == [[2, 0, 0], [2, 2, 1]]  # forward, backward: two layers, one with adapters

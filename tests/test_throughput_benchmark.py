@@ -176,13 +176,14 @@ def test_a_time_is_that_of_one_step(monkeypatch):
 
 
 def test_shared_graphs_rehearse_until_told_and_never_again(monkeypatch):
-    done = []
-    monkeypatch.setattr(MicroStepGraphs, "_rehearse", lambda self, batch: done.append("rehearse"))
-    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: (self._rehearse(batch), done.append("graph")))
+    done, seen = [], []
+    monkeypatch.setattr(MicroStepGraphs, "rehearse", lambda self, batch: (seen.append(batch), done.append("rehearse")))
+    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: (self.rehearse(batch), done.append("graph")))
     assert MicroStepGraphs(None, []).pool is None  # the place that the shared pool takes
     graphs = training_step.SharedGraphs(None, [], (0, 1))
-    batch = {"x": torch.ones(2)}
+    batch = {"x": torch.ones(4)[:2]}
     assert graphs(batch) == 0.0
+    assert not seen[0]["x"]._is_view(), "compiled for a view, which the captured inputs are not"
     graphs.rehearsing = False
     graphs(batch)
     assert done == ["rehearse", "graph"]
@@ -197,7 +198,7 @@ def test_a_model_s_first_step_is_the_rehearsal(model_file, config, monkeypatch):
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
-    monkeypatch.setattr(MicroStepGraphs, "_rehearse", rehearse)
+    monkeypatch.setattr(MicroStepGraphs, "rehearse", rehearse)
     monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: self.function(batch))
     step = make_step(model_file, config)
     step.engine.captured = True

@@ -42,12 +42,13 @@ class Engine:
         model: already pruned; moved to the world's device.
         args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, max_grad_norm, precision,
             double_prune_interval, sparse_backend`, and `gradient_communication` where there is such a flag.
-        tokens: of a micro-batch on this rank, about: what the sparse products are tuned for.
+        tokens: of a micro-batch on this rank, at most: what the sparse products are tuned for.
         report: takes a line about what runs the sparse products, and LAMB where its kernels cannot.
         objective: (model, batch on the device) -> (this rank's share of the loss, a small tensor to be logged). The
             shares of all micro-steps and ranks add up to the loss. It may not wait for the device.
         compiled: parts of the model that torch.compile gets.
         dynamic: whether their inputs' sizes differ from batch to batch.
+        other_tokens: of smaller micro-batches, where their sizes differ: tuned for too.
         captured: run micro-steps as CUDA graphs, where one process on one GPU is all. (With several, DDP's averaging
             goes on beside the backward pass, and the host keeps ahead of batches as large as these jobs'.)
     """
@@ -62,6 +63,7 @@ class Engine:
         objective: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
         compiled: Sequence[nn.Module] = (),
         dynamic: bool = False,
+        other_tokens: Sequence[int] = (),
         captured: bool = False,
     ):
         self.model, self.world, self.args = model.to(world.device), world, args
@@ -72,7 +74,7 @@ class Engine:
             part.compile(dynamic=dynamic)
         if compiled:
             torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-        select_backends(model, args.sparse_backend, self.dtype, tokens, report)
+        select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
         if isinstance(self.optimizer, Lamb) and world.device.type == "cuda":

@@ -26,6 +26,7 @@ from training.throughput import peak_tflops, useful_flops
 CHECKPOINTS = "pretrain_ckpts"  # below --output_dir
 HELDOUT_SEED = 0  # of the held-out masks: the same for every run, so that runs of different seeds compare
 SAME_DATA = ("seed", "masked_token_fraction", "max_predictions_per_seq")  # flags that may not change within a phase
+SHARES_OF_TOKENS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of a micro-batch's places that sparse products are tuned for too
 METRICS = [
     *("step", "epoch", "step_loss", "average_loss", "learning_rate", "mlm_loss", "nsp_loss"),
     *("sequences_per_second", "tokens_per_second", "data_wait_seconds", "adapters"),
@@ -121,8 +122,10 @@ class PretrainingRun:
         captured = on_gpu and plain and not args.no_cuda_graphs and self.world.size == 1
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
+        places = self.local_batch_size * sequence_length
         self.engine = Engine(
-            *(model, self.world, args, self.local_batch_size * sequence_length, self.notes.append, self.objective),
+            *(model, self.world, args, places, self.notes.append, self.objective),
+            other_tokens=[round(share * places) for share in SHARES_OF_TOKENS] if unpadded else (),
             compiled=compiled_parts(model) if compiled else (),
             dynamic=unpadded,
             captured=captured,
