@@ -175,6 +175,18 @@ class ShardSet:
                 f"{self.flag}: {path}: special_token_positions must increase within each sample "
                 "([CLS], first [SEP], last [SEP]); encode the shard again"
             )
+        if "input_mask" in arrays:
+            self._check_padding(path, arrays["input_mask"], arrays["masked_lm_positions"])
+
+    def _check_padding(self, path: Path, input_mask: np.ndarray, predicted: np.ndarray) -> None:
+        """Tokens come first, at least one, and padding after them: what can be taken out without moving a token."""
+        lengths = input_mask.sum(-1, dtype=np.int64)
+        if not (lengths > 0).all() or (input_mask[:, 1:] > input_mask[:, :-1]).any():
+            raise UsageError(f"{self.flag}: {path}: input_mask must be ones and then zeros; encode the shard again")
+        if (predicted >= lengths[:, None]).any():
+            raise UsageError(
+                f"{self.flag}: {path}: masked_lm_positions must lie before the padding; encode the shard again"
+            )
 
 
 def _find_shards(input_dir: Path, flag: str) -> list[Path]:

@@ -489,6 +489,22 @@ def test_single_sequences_have_no_second_segment_and_no_label(tmp_path):
     }
 
 
+def test_premasked_padding_stands_at_the_end_and_holds_no_prediction(tmp_path):
+    """Else it could not be taken out."""
+    path = tmp_path / "shard.hdf5"
+    arrays = write_premasked_shard(path)
+    gap, empty, short = (arrays["input_mask"].copy() for _ in range(3))
+    gap[1, 3], empty[2], short[0, 1:] = 0, 0, 0
+    for mask, words in ((gap, "ones and then zeros"), (empty, "ones and then zeros"), (short, "before the padding")):
+        write_arrays(path, arrays | {"input_mask": mask}, {})
+        with pytest.raises(UsageError, match=words):
+            ShardSet(tmp_path).load(0, 50)
+    padded = arrays["input_mask"].copy()
+    padded[:, -1] = 0
+    write_arrays(path, arrays | {"input_mask": padded}, {})
+    assert ShardSet(tmp_path).load(0, 50)["input_mask"].sum() == padded.sum()
+
+
 def test_premasked_samples_pass_through(tmp_path):
     arrays = write_premasked_shard(tmp_path / "shard.hdf5", count=6, predictions=3)
     shards = ShardSet(tmp_path)
