@@ -1,0 +1,46 @@
+"""Fine-tuning on a GPU: micro-steps as CUDA graphs, one for each padded length, against the plain loop."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from finetuning_runs import glue, make_folder, pretrain, run, squad, write_questions, write_sst2
+
+pytestmark = pytest.mark.gpu
+LONG = {"max_position_embeddings": 256}  # more than one length that batches are padded to
+
+
+def losses(output: Path) -> list[float]:
+    with (output / "finetune_metrics.csv").open() as file:
+        return [float(row["step_loss"]) for row in csv.DictReader(file)]
+
+
+def scores(output: Path) -> dict[str, float]:
+    return json.loads((output / "eval_results.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "slope with adapters"])
+def test_glue_with_graphs_learns_what_it_learns_without(tmp_path, sparse):
+    folder, data = make_folder(tmp_path / "model"), write_sst2(tmp_path / "data")
+    start = {}
+    if sparse:
+        start = {"init_checkpoint": pretrain(tmp_path / "sparse", folder / "vocab.txt")}
+        start |= {"vocab_file": folder / "vocab.txt"}
+    for name, flags in (("graphs", {}), ("plain", {"no_cuda_graphs": True})):
+        output = tmp_path / name
+        run("run_glue", glue(folder, data, output, precision="bf16", max_steps=12, **start, **flags))
+    assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+    assert scores(tmp_path / "graphs") == pytest.approx(scores(tmp_path / "plain"), abs=0.11)  # 2 of 20 examples
+
+
+def test_squad_with_graphs_of_several_lengths_and_accumulation(tmp_path):
+    """The last batch of an epoch is smaller: a shape of its own."""
+    folder, data = make_folder(tmp_path / "model", **LONG), tmp_path / "data"
+    data.mkdir()
+    for split, seed in (("train", 0), ("dev", 1)):
+        write_questions(data / f"{split}.json", count=27, seed=seed)
+    for name, flags in (("graphs", {}), ("plain", {"no_cuda_graphs": True})):
+        lengths = {"max_seq_length": 128, "doc_stride": 32, "gradient_accumulation_steps": 2, "max_steps": 9}
+        run("run_squad", squad(folder, data, tmp_path / name, precision="bf16", **lengths, **flags))
+    assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.03)
