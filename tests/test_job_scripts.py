@@ -4,6 +4,7 @@ A stub writes down how it was called and then does what the test planned for tha
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -132,6 +133,8 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            # Also where these tests run under nohup: bash cannot trap a signal that it was started to ignore.
+            preexec_fn=functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
         )
         self.started.append(process)
         return process
