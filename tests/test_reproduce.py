@@ -1,0 +1,366 @@
+"""scripts/reproduce.py: the whole comparison on a tiny model, branches, stops, the report, one line for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from finetuning_runs import sentences, write, write_questions, write_sst2, write_stsb
+from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_step
+from reproduction_calls import call, flags, report_rows, reproduce, settings
+from reproduction_data import HIDDEN, Forked, make_data
+from reproduction_report import MARKERS  # scripts, found through reproduction_calls
+from reproduction_runs import PREFIX, RECIPES, Plan
+
+import run_glue
+import run_pretraining
+import run_squad
+from optimization import learning_rate
+
+STEPS = 40  # 20 passes over 63 / 5 sequences in batches of 6, to the nearest 10
+BEFORE = "# Results\n\nabove\n\n"
+SAME = ("step", "step_loss", "mlm_loss", "average_loss", "learning_rate", "adapters", "heldout_mlm_loss")
+
+
+def log_of(output: Path, name: str) -> list[list[str]]:
+    """What may not depend on how a run came to be, row by row, as written."""
+    return [[row[column] for column in SAME] for row in metrics(output / name, PREFIX)]
+
+
+def shared(output: Path, one: str, other: str) -> int:
+    """Steps that the two runs took together: those of the same speed, to the last digit."""
+    logs = [[row["sequences_per_second"] for row in metrics(output / name, PREFIX)] for name in (one, other)]
+    return sum(a == b for a, b in zip(*logs, strict=True))
+
+
+def same_weights(one: dict, other: dict) -> bool:
+    return one["model"].keys() == other["model"].keys() and all(
+        torch.equal(tensor, other["model"][key]) for key, tensor in one["model"].items()
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = make_data(tmp_path_factory.mktemp("data"))
+    write_stsb(folder / "glue/STS-B")
+    write_sst2(folder / "glue/SST-2-shaped")
+    for split, seed in (("train", 0), ("dev", 1)):
+        rows = [f"{n}\t{text}\t{text}\t{('not_entailment', 'entailment')[y]}\n" for n, (text, y) in
+                enumerate(sentences(16, seed))]  # fmt: skip
+        write(folder / f"glue/QNLI-shaped/{split}.tsv", "index\tquestion\tsentence\tlabel\n" + "".join(rows))
+        write_questions(write(folder / f"download/squad/{split}-v1.1.json", ""), count=6, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The output directory of the whole comparison; `docs.md` beside it has the report, too. Read-only for tests."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    docs = write(output.parent / "docs.md", BEFORE + "\nold\n".join(MARKERS) + "\n\nbelow\n")
+    words = flags(data, output, "--docs", str(docs))
+    assert call(words, partial(Forked, log=output.parent / "log")) == 0, (output.parent / "log").read_text()
+    return output
+
+
+# --------------------------------------------------------------------------------------------------------------- whole
+def test_all_runs_have_the_same_steps_and_the_same_data(whole):
+    tokens = {}
+    for name in RECIPES:
+        rows = metrics(whole / name, PREFIX)
+        assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+        tokens[name] = [round(6 * float(r["tokens_per_second"]) / float(r["sequences_per_second"])) for r in rows]
+    assert tokens["dense"] == tokens["slope"] == tokens["lazy_1"] == tokens["lazy_10"]
+    half = STEPS // 2
+    assert tokens["pruned_half"][:half] == tokens["dense"][:half]
+    assert tokens["pruned_half"][half:] != tokens["dense"][:half]  # its second half is not its first again
+
+
+def test_runs_are_what_their_names_say(whole):
+    adapters = {name: sum(row["adapters"] == "1" for row in metrics(whole / name, PREFIX)) for name in RECIPES}
+    assert adapters == {"dense": 0, "slope": 0, "lazy_1": 1, "lazy_10": 4, "pruned_half": 0}
+    for name in RECIPES:
+        sparsity = checkpoint(whole / name, STEPS)["sparsity"]
+        assert sparsity["pruned_matrix"] == ("none" if name == "dense" else "static-weight")
+        assert sparsity["lora_rank"] == (HIDDEN // 16 if name.startswith("lazy") else 0)
+
+
+def test_the_pruned_run_is_dense_before_and_follows_its_rates_after(whole):
+    dense, pruned = log_of(whole, "dense"), log_of(whole, "pruned_half")
+    assert pruned[: STEPS // 2] == dense[: STEPS // 2]
+    rates = [[float(row[SAME.index("learning_rate")]) for row in log] for log in (dense, pruned)]
+    assert rates[1] == pytest.approx(rates[0], rel=1e-12)
+    assert pruned[STEPS // 2][1] != dense[STEPS // 2][1]
+    assert checkpoint(whole / "pruned_half", STEPS)["phase_start"] == STEPS // 2
+
+
+def test_every_run_is_finetuned_from_its_last_checkpoint(whole):
+    for name in RECIPES:
+        for task, seeds in (("STS-B", 2), ("SST-2-shaped", 2), ("QNLI-shaped", 2), ("SQuAD", 1)):
+            results = json.loads((whole / name / "finetune" / task / "eval_results.json").read_text())
+            assert len(results["seeds"]) == seeds
+            (log, *_) = (whole / name / "finetune" / task).rglob("finetune.txt")
+            assert f"{whole}/{name}/pretrain_ckpts/ckpt_{STEPS}.pt lacks, so these start anew: " in log.read_text()
+    assert not list(whole.rglob("finetune_ckpts"))
+
+
+def test_the_report_stands_in_the_document_too(whole):
+    docs, report = (whole.parent / "docs.md").read_text(), (whole / "report.md").read_text()
+    begin, end = MARKERS
+    assert docs.startswith(BEFORE + begin + "\n\n![") and docs.endswith(f"\n\n{end}\n\nbelow\n")
+    assert report.replace("curves.png", "reproduction.png") in docs and "old" not in docs
+    assert (whole / "curves.png").read_bytes() == (whole.parent / "reproduction.png").read_bytes()
+    assert (whole / "curves.png").stat().st_size > 20_000
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line[:1] == "|"]
+    rows = {row[0]: row[1:] for row in table}
+    assert rows[""] == [recipe.title.format(rank=HIDDEN // 16) for recipe in RECIPES.values()]
+    assert rows["steps"] == [str(STEPS)] * 5
+    assert rows["density of W^R (2:4: 0.5)"] == ["1.0000", *["0.5000"] * 4]
+    backward = [float(cell) for cell in rows["density of W^{R,C} (the formula, 2:4: 0.40625)"]]
+    assert backward[0] == 1 and all(0.3 < value < 0.5 for value in backward[1:])
+    for task in ("STS-B dev pearson", "SST-2-shaped dev accuracy", "QNLI-shaped dev accuracy"):
+        assert all(" ± " in cell for cell in rows[task])
+    assert all(0 <= float(cell) <= 100 for cell in rows["SQuAD dev f1"])
+    last = metrics(whole / "slope", PREFIX)[-1]
+    assert rows["held-out MLM loss, last"][1] == f"{float(last['heldout_mlm_loss']):.3f}"
+    command = "bash scripts/reproduce.sh --epochs 20 --global_batch_size 6 --local_batch_size 3 --learning_rate 0.004 "
+    command += "--precision fp32 --finetune_seeds 3,5 --finetune_steps 2 --model_config_file FILE"
+    assert f"```\n{command}\n```" in report
+
+
+def test_again_nothing_runs(whole, data, tmp_path):
+    def start(command):
+        raise AssertionError(command)
+
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.csv")}
+    assert call(flags(data, whole), start) == 0
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.csv")} == before
+
+
+# -------------------------------------------------------------------------------------------------- branches and stops
+@pytest.mark.parametrize("name", ["lazy_1", "lazy_10"])
+def test_a_branch_is_the_run_without_interruption(name, whole, data, tmp_path, capfd):
+    """Alone there is nothing to branch off, so it runs from its first step."""
+    assert call(flags(data, tmp_path, "--only", name, "--skip_finetuning")) == 0
+    assert f"{name}: runs from its first step" in capfd.readouterr().out
+    assert log_of(tmp_path, name) == log_of(whole, name)
+    assert same_weights(checkpoint(tmp_path / name, STEPS), checkpoint(whole / name, STEPS))
+
+
+def test_a_branch_does_not_run_what_it_shares(whole, data, tmp_path):
+    assert call(flags(data, tmp_path, "--only", "slope,lazy_10", "--skip_finetuning"), spy := Spy()) == 0
+    assert [word for command in spy.commands for word in command if word.startswith(str(tmp_path))] == [
+        str(tmp_path / "slope"),
+        str(tmp_path / "lazy_10"),
+    ]
+    text = (tmp_path / "lazy_10" / f"{PREFIX}.txt").read_text()
+    assert f"adapters of rank {HIDDEN // 16} joined before step 37" in text
+    assert shared(tmp_path, "slope", "lazy_10") == 36
+
+
+class Spy:
+    """Starts commands and remembers them; the `number`-th one is killed once `step` is logged."""
+
+    def __init__(self, number: int = -1, step: int = 0):
+        self.commands, self.number, self.step = [], number, step
+
+    def __call__(self, command: list[str]) -> Forked:
+        self.commands.append(command)
+        return Forked(command, [kill_after(self.step)] if len(self.commands) - 1 == self.number else [])
+
+
+def test_a_branch_that_has_not_taken_a_step_shows_what_it_shares(data, tmp_path, capsys):
+    assert call(flags(data, tmp_path, "--only", "slope", "--skip_finetuning")) == 0
+    assert call(flags(data, tmp_path, "--only", "lazy_10", "--skip_finetuning"), lambda command: Ended(1)) == 2
+    assert "lazy_10: ended with exit code 1" in capsys.readouterr().err
+    assert report_rows(tmp_path, capsys)["steps"] == [str(STEPS), f"36 of {STEPS}"]
+
+
+@pytest.mark.parametrize(("number", "step"), [(0, 22), (0, STEPS), (1, 38), (2, 39), (3, 21)])
+def test_goes_on_where_a_run_was_killed(number, step, whole, data, tmp_path, capfd):
+    """In dense past where another branches off, in SLoPe, and in a branch before it has a checkpoint of its own."""
+    words = flags(data, tmp_path, "--only", "dense,slope,lazy_1,pruned_half", "--skip_finetuning")
+    assert call(words, Spy(number, step)) == 2
+    assert "ended with exit code -9; when its reason is gone, the same command goes on" in capfd.readouterr().err
+    assert call(words) == 0
+    for name in ("dense", "slope", "lazy_1", "pruned_half"):
+        assert log_of(tmp_path, name) == log_of(whole, name)
+        assert same_weights(checkpoint(tmp_path / name, STEPS), checkpoint(whole / name, STEPS))
+
+
+def test_a_branch_outlives_its_sources_stops(whole, data, tmp_path):
+    """A stop adds a checkpoint, which would push out the one where others branch off."""
+    words = flags(data, tmp_path, "--only", "slope", "--skip_finetuning")
+    for step in (38, 39):
+        call(words, lambda command, step=step: Forked(command, [partial(_stop_after, step)]))
+    assert call(words) == 0
+    assert not (tmp_path / "slope/pretrain_ckpts/ckpt_36.pt").exists()
+    assert call(flags(data, tmp_path, "--only", "lazy_1", "--skip_finetuning"), spy := Spy()) == 0
+    assert len(spy.commands) == 1 and shared(tmp_path, "slope", "lazy_1") == 36
+    assert log_of(tmp_path, "lazy_1") == log_of(whole, "lazy_1")
+
+
+def _stop_after(step: int) -> None:
+    from training.logs import Logger
+
+    log = Logger.step
+
+    def log_and_stop(self, number, metrics):
+        log(self, number, metrics)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Logger.step = log_and_stop
+
+
+def test_killed_or_stopped_itself(whole, data, tmp_path):
+    """Real processes: killed, what it ran dies with it; told to stop, that saves first; then it goes on."""
+    words = ["bash", "scripts/reproduce.sh", *flags(data, tmp_path, "--only", "dense", "--skip_finetuning")]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    begin = partial(subprocess.Popen, words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    with begin() as first:
+        wait_for_step(tmp_path / "dense", 3, PREFIX)
+        first.kill()
+    rows = len(metrics(tmp_path / "dense", PREFIX))
+    time.sleep(0.5)
+    assert len(metrics(tmp_path / "dense", PREFIX)) == rows < STEPS
+    with begin() as second:
+        wait_for_step(tmp_path / "dense", rows + 1, PREFIX)
+        second.terminate()
+        said = second.communicate()[1]
+    if second.returncode:  # unless it was faster
+        assert said.splitlines()[-1] == "stopped; the same command goes on"
+    with begin() as third:
+        said = third.communicate()[1]
+    assert third.returncode == 0, said
+    assert log_of(tmp_path, "dense") == log_of(whole, "dense")
+
+
+def test_a_stop_ends_a_scripts_children_too(tmp_path):
+    """Nothing of `create_datasets.sh` may go on writing where the next one begins."""
+    words = ["bash", "-c", f"(sleep 1; touch {tmp_path}/late) & touch {tmp_path}/begun; wait; true"]
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
+import reproduce
+try:
+    reproduce.Processes().run({words!r}, with_children=True)
+except reproduce.StopRequestedError:
+    sys.exit(7)
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 7
+    time.sleep(1.2)
+    assert not (tmp_path / "late").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+def test_a_dry_run_prints_what_would_run_and_makes_nothing(tmp_path, capsys):
+    assert call(["--dry_run", "--output_dir", str(tmp_path / "out")], Forked) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    commands = [shlex.split(line) for line in lines]
+    assert commands[0][:2] == ["bash", "scripts/create_datasets.sh"] and "16384" in commands[0]
+    assert commands[1][:4] == ["python", "-P", "-m", "data.prepare_glue"]
+    doors = {"run_pretraining.py": run_pretraining, "run_glue.py": run_glue, "run_squad.py": run_squad}
+    parsed = [(words[1], doors[words[1]].parse_arguments(words[2:])) for words in commands[2:]]
+    assert [door for door, _ in parsed] == ["run_pretraining.py"] * 5 + [*["run_glue.py"] * 3, "run_squad.py"] * 5
+    assert {args.lora_rank for door, args in parsed if door == "run_pretraining.py"} == {48}
+    assert {args.seeds for door, args in parsed if door == "run_glue.py"} == {"0,1,2"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_and_no_finetuning(data, tmp_path, capsys):
+    words = flags(data, tmp_path / "out", "--dry_run", "--only", "slope,dense", "--skip_finetuning")
+    assert call(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert [shlex.split(line)[1] for line in lines] == ["run_pretraining.py"] * 2
+    assert f"{tmp_path}/out/dense" in lines[0] and f"--max_steps {STEPS}" in lines[0]
+
+
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+    def wait(self) -> int:
+        return self.code
+
+
+def test_data_are_made_first(data, tmp_path):
+    commands = []
+    words = [word for word in flags(data, tmp_path, "--only", "dense") if word != "--skip_data"]
+    assert call(words, lambda command: commands.append(command) or Ended(0 if len(commands) == 1 else 2)) == 2
+    assert [Path(command[1]).name for command in commands[:1]] == ["create_datasets.sh"]
+    assert commands[1][2:4] == ["-m", "data.prepare_glue"] and commands[1][-3:] == [
+        "STS-B", "SST-2-shaped", "QNLI-shaped"]  # fmt: skip
+    assert len(commands) == 2 and not (tmp_path / "settings.json").exists()
+
+
+def test_the_scripts_of_the_data_run_on_this_python(tmp_path):
+    done = reproduce.start(["bash", "-c", f"echo $PYTHON > {tmp_path}/python"])
+    assert done.wait() == 0 and (tmp_path / "python").read_text() == f"{sys.executable}\n"
+
+
+def test_the_cut_schedule_is_the_whole_one(tmp_path):
+    whole = settings()
+    assert (whole.steps, whole.step_of(5), whole.step_of(9), whole.lora_rank) == (2380, 1190, 2142, 48)
+    plan = Plan(whole, tmp_path, tmp_path, tmp_path, 1)
+    dense, half = (
+        run_pretraining.parse_arguments(plan.pretraining_command(name)[2:]) for name in ("dense", "pruned_half")
+    )
+    assert (half.previous_phase_end_step, half.max_steps, half.seed) == (1190, 1190, 43)
+
+    def rate(args, step: int) -> float:
+        of = {"base": args.learning_rate, "total_steps": args.max_steps, "warmup_proportion": args.warmup_proportion}
+        return learning_rate(step - args.previous_phase_end_step, **of, decay=args.lr_decay)
+
+    steps = range(1191, 2381)
+    assert [rate(half, step) for step in steps] == pytest.approx([rate(dense, step) for step in steps], rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "dense,lazy"], "--only dense,lazy: lazy is none of dense, slope, lazy_1, lazy_10, pruned_half"),
+        (["--only", "dense,"], "an empty name is none of"),
+        (["--tasks", "CoLA"], "--tasks CoLA: CoLA is none of STS-B"),
+        (["--epochs", "31"], "--epochs: must be a whole number from 1 to 30, not 31"),
+        (["--finetune_seeds", "0,0"], "--finetune_seeds 0,0: must be different whole numbers with commas"),
+        (["--finetune_seeds", "a"], "--finetune_seeds a"),
+        (["--model_config_file", "none.json"], "--model_config_file none.json: cannot be read"),
+        (["--report"], "settings.json: cannot be read"),
+        (["--only", "pruned_half"], "--only pruned_half: begins with step 20 of dense, which is not there"),
+        (["--data_dir", "none"], "--data_dir"),
+        (["--speed"], "unrecognized arguments: --speed"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, data, tmp_path, capsys):
+    assert call([*flags(data, tmp_path), *words], None) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("reproduce.py: error: ") and said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epochs", "10"], "was begun with --epochs 20, not 10"),
+        (["--learning_rate", "1e-3"], "was begun with --learning_rate 0.004, not 0.001"),
+        (["--finetune_seeds", "3"], "was begun with --finetune_seeds 3,5, not 3"),
+    ],
+)
+def test_one_directory_holds_one_comparison(words, said, whole, data, capsys):
+    assert call([*flags(data, whole), *words], None) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""scripts/reproduction_report.py: the table from logs, what it says about them, and documents that cannot take it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from finetuning_runs import write
+from pretraining_runs import ROOT
+from reproduction_calls import call, report_rows, settings
+from reproduction_report import MARKERS, expected_density, read_logs  # scripts, found through reproduction_calls
+from reproduction_runs import PREFIX, RECIPES, Settings
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+def write_log(output: Path, name: str, losses: list[float], last: int | None = None, **columns) -> None:
+    """A log of steps of 2 sequences and 100 tokens in half a second each, evaluated at every second step."""
+    lines = ["step,mlm_loss,sequences_per_second,tokens_per_second,adapters,heldout_mlm_loss,peak_memory_gb"]
+    for step, loss in enumerate(losses[:last], 1):
+        values = {"sequences": 4, "tokens": 200, "adapters": 0, "memory": 8} | columns
+        heldout = "" if step % 2 else loss
+        lines.append(
+            f"{step},{loss},{values['sequences']},{values['tokens']},{values['adapters']},{heldout},{values['memory']}"
+        )
+    write(output / name / f"{PREFIX}_metrics.csv", "\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def logged(tmp_path) -> Path:
+    """60 steps of dense, of SLoPe twice as fast in half the memory, and 40 of a third run."""
+    falling = [8 - step / 10 for step in range(1, 61)]
+    content = asdict(settings(global_batch_size=2, sequences=30, epochs=20))
+    write(tmp_path / "settings.json", json.dumps(content))
+    write_log(tmp_path, "dense", falling)
+    slope = [loss + 0.2 for loss in falling]
+    slope[55] += 3
+    write_log(tmp_path, "slope", slope, sequences=8, tokens=400, memory=4)
+    write_log(tmp_path, "lazy_1", falling, last=40)
+    return tmp_path
+
+
+def test_the_table_is_made_from_logs(logged, capsys):
+    rows = report_rows(logged, capsys)
+    assert rows["steps"] == ["60", "60", "40 of 60"]
+    assert rows["tokens seen, millions"] == ["0.0", "0.0", "0.0"]
+    assert rows["held-out MLM loss, last"] == ["2.000", "2.200", "4.000"]
+    assert rows["held-out MLM loss, last, above dense"] == ["", "+0.200", ""]
+    assert rows["held-out MLM loss, best"] == ["2.000 (step 60)", "2.200 (step 60)", "4.000 (step 40)"]
+    # SLoPe's step 56, 5.6, against the middle of steps 36 to 55, 3.65; an even fall of 0.1 a step lies 1.05 below.
+    assert rows["largest rise of a step's MLM loss over the median of 20 before"] == ["-1.050", "1.950", "-1.050"]
+    assert rows["the same, against dense"] == ["x1.00", "x2.00", "x1.00"]
+    assert rows["peak memory, against dense"] == ["x1.00", "x0.50", "x1.00"]
+    assert rows["time of all steps, s"] == ["30", "15", "20"]
+    assert not any("with adapters" in label and "tokens" in label for label in rows)  # no run has a step with any
+
+
+def test_the_report_says_what_is_to_be_explained_and_what_is_unfinished(logged):
+    assert call(["--report", "--output_dir", str(logged)]) == 0
+    text = (logged / "report.md").read_text()
+    assert "**SLoPe, r = 0 ends 0.20 nats above dense, more than 0.15: to be explained.**" in text
+    assert text.endswith("Not finished yet: SLoPe, rank 48 in the last 1%.\n")
+    write_log(logged, "slope", [8.14 - step / 10 for step in range(1, 61)])
+    assert call(["--report", "--output_dir", str(logged)]) == 0
+    assert "to be explained" not in (logged / "report.md").read_text()
+
+
+def test_speed_of_the_pruned_run_is_that_after_pruning(logged, capsys):
+    write_log(logged, "pruned_half", [5.0] * 60)
+    path = logged / "pruned_half" / f"{PREFIX}_metrics.csv"
+    header, *lines = path.read_text().splitlines()
+    after = [line.replace(",4,200,0,", ",12,600,0,").replace(",8", ",3") for line in lines[30:]]
+    write(path, "\n".join([header, *lines[:30], *after]) + "\n")
+    rows = report_rows(logged, capsys)
+    assert rows["the same, against dense"][-1] == "x3.00"
+    assert rows["peak memory, GB"][-1] == "3.00"
+    assert rows["time of all steps, s"][-1] == "20"
+
+
+def test_tokens_of_the_curves(logged):
+    log = read_logs(logged, Settings.load(logged))["slope"]
+    assert log.tokens[:3] == [100, 200, 300]
+    assert log.heldout[0] == (2, 200, pytest.approx(8.0))
+
+
+def test_density_by_the_papers_formula():
+    assert expected_density() == 0.5 - 0.09375
+    assert expected_density(1, 2) == 0.5 - 0.125
+    assert expected_density(2, 8) == pytest.approx(0.25 - 0.0584, abs=5e-5)
+
+
+def test_documents_without_markers_and_logs_of_something_else(logged, capsys):
+    docs = write(logged / "docs.md", "nothing\n")
+    assert call(["--report", "--output_dir", str(logged), "--docs", str(docs)]) == 2
+    assert "must hold the lines <!-- reproduce.sh writes from here -->" in capsys.readouterr().err
+    assert docs.read_text() == "nothing\n"
+    write(logged / "slope" / f"{PREFIX}_metrics.csv", "step,loss\n1,2\n")
+    assert call(["--report", "--output_dir", str(logged)]) == 2
+    assert "is no log of run_pretraining.py" in capsys.readouterr().err
+    for name in RECIPES:
+        write(logged / name / f"{PREFIX}_metrics.csv", "step\n")
+    assert call(["--report", "--output_dir", str(logged)]) == 2
+    assert "no run has taken a step yet" in capsys.readouterr().err
+
+
+def test_the_results_have_the_markers():
+    content = (ROOT / "docs/results.md").read_text()
+    assert 0 < content.find(MARKERS[0]) < content.find(MARKERS[1])
