@@ -160,11 +160,13 @@ def _layer_norm(config: BertConfig) -> nn.LayerNorm:
 class Packing(NamedTuple):
     """Where the sequences of a micro-batch lie when no padding stands between them.
 
-    What fills the T tokens up to a round number is a last sequence of its own, which may have no token.
+    What fills the T tokens up to a round number are sequences too, behind the B others; these may have no token.
     """
 
     boundaries: Tensor
-    """Where each sequence begins, and where the last one ends, int32 [B + 2]: 0, ..., T."""
+    """Where each sequence begins, and where the last one ends, int32 [more than B]: 0, ..., T."""
+    firsts: Tensor
+    """Where each of the B sequences begins, [B]."""
     positions: Tensor
     """Place of each token within its sequence, int64 [T]."""
     longest: int
@@ -344,7 +346,7 @@ class BertModel(nn.Module):
         if isinstance(attention_mask, Packing):
             hidden_TH = self.embeddings(input_ids, token_type_ids, attention_mask.positions)
             hidden_TH = self.encoder(hidden_TH, attention_mask)
-            first_BH = None if self.pooler is None else hidden_TH.index_select(0, attention_mask.boundaries[:-2])
+            first_BH = None if self.pooler is None else hidden_TH.index_select(0, attention_mask.firsts)
         else:
             mask_B11S = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
             hidden_TH = self.encoder(self.embeddings(input_ids, token_type_ids), mask_B11S)
@@ -480,7 +482,7 @@ class BertForQuestionAnswering(nn.Module):
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
     """What torch.compile gets, one by one: blocks of one structure share one compilation.
 
-    Not the embeddings: compiled, their gradient would be added up in no fixed order, and no run would be repeatable.
+    Not the embeddings: compiled, their gradient would be added up in no fixed order.
     """
     blocks = list(model.bert.encoder.layer)
     return [*blocks, model.cls.predictions] if hasattr(model, "cls") else blocks

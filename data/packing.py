@@ -32,11 +32,12 @@ def pack_step(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarr
         multiple: see `fill_multiple`.
 
     Returns:
-        int64 arrays, micro-step k having T_k tokens, T their sum, B sequences, and a last one that fills it up:
+        int64 arrays, micro-step k having T_k tokens, T their sum, B sequences, and some that fill it up:
             tokens [K]                              T_k
             input_ids, token_type_ids [T]           0 in what fills up
-            positions [T]                           of each token in its sequence
-            boundaries [K, B + 2]                   where each sequence begins, within the micro-step; the last is T_k
+            positions [T]                           of each token in its sequence; 0 in what fills up
+            boundaries [K, B + 1 + F]               where each sequence begins, within the micro-step; the last is T_k;
+                                                    what fills up are F sequences, of at most S tokens as all others
             masked_positions [K, B, P]              places among the T_k tokens; an unused one is the sequence's first
             masked_labels, next_sentence_labels     as they were
     """
@@ -44,15 +45,16 @@ def pack_step(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarr
     lengths = attended.sum(-1)
     ends = lengths.cumsum(-1)
     tokens = -(-ends[:, -1] // multiple) * multiple
-    zero = np.zeros((len(ends), 1), np.int64)
-    boundaries = np.concatenate([zero, ends, tokens[:, None]], axis=-1)
-    place = np.broadcast_to(np.arange(attended.shape[-1]), attended.shape)
+    length, zero = attended.shape[-1], np.zeros((len(ends), 1), np.int64)
+    fillers = length * np.arange(1, 1 - (-multiple // length))
+    boundaries = np.concatenate([zero, ends, np.minimum(ends[:, -1:] + fillers, tokens[:, None])], axis=-1)
+    place = np.broadcast_to(np.arange(length), attended.shape)
     kept = {"input_ids": batch["input_ids"], "token_type_ids": batch["token_type_ids"], "positions": place}
     packed = {
         name: np.concatenate([_filled(array[k][attended[k]], tokens[k]) for k in range(len(tokens))])
         for name, array in kept.items()
     }
-    masked_positions = batch["masked_positions"] + boundaries[:, :-2, None]
+    masked_positions = batch["masked_positions"] + boundaries[:, : lengths.shape[-1], None]
     others = {name: batch[name] for name in ("masked_labels", "next_sentence_labels")}
     return {"tokens": tokens, **packed, "boundaries": boundaries, "masked_positions": masked_positions, **others}
 
@@ -66,8 +68,21 @@ def _filled(array: np.ndarray, size: int) -> np.ndarray:
 def sequence_lengths(batch: Batch) -> torch.Tensor:
     """Tokens of each sequence of a step, padded or packed, [K, B]."""
     if "boundaries" in batch:
-        return batch["boundaries"].diff(dim=-1)[:, :-1]
+        return batch["boundaries"].diff(dim=-1)[:, : batch["masked_positions"].shape[1]]
     return batch["attention_mask"].sum(-1)
+
+
+def fullest_micro_batch(part: Batch, sequence_length: int, multiple: int) -> Batch:
+    """A packed micro-batch of as many sequences as `part`, none with any padding; tokens and labels mean nothing."""
+    sequences = len(part["masked_positions"])
+    tokens = -(-sequences * sequence_length // multiple) * multiple
+    count = len(part["boundaries"])
+    boundaries = (torch.arange(count, device=part["boundaries"].device) * sequence_length).clamp_(max=tokens)
+    by_token = {name: part[name].new_zeros(tokens) for name in _BY_TOKEN}
+    others = {name: tensor.clone() for name, tensor in part.items() if name not in (*_BY_TOKEN, "boundaries")}
+    others["masked_positions"].zero_()
+    full = by_token | others | {"boundaries": boundaries}
+    return {name: full[name] for name in part}  # in the same order
 
 
 def micro_batches(batch: Batch) -> Iterator[Batch]:

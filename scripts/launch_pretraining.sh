@@ -94,7 +94,10 @@ wait_for() { # PID: its exit code, also when signals interrupt the waiting
         INTERRUPTED=""
         code=0
         wait "$1" || code=$?
-        [[ -n $INTERRUPTED ]] || return "$code"
+        if [[ -n $INTERRUPTED ]]; then continue; fi
+        # Two signals at once, as Ctrl-C sends: the trap of the second may have run before this wait, which it yet ends.
+        if ((code > 128)) && kill -0 "$1" 2> /dev/null; then continue; fi
+        return "$code"
     done
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests that need a CUDA device (tests/test_gpu*.py), on this machine's Python (PYTHON, default python3), which must
-# have a CUDA build of torch 2.11 or later beside h5py, pytest, tqdm and tensorboard. Installs nothing; the kernels are
-# compiled at first use.
+# have a CUDA build of torch 2.11 or later beside h5py, pytest, tqdm, tensorboard and transformers. Installs nothing; the
+# kernels are compiled at first use. With pytest-xdist, `-n 10 --dist worksteal` is several times as fast; the two tests
+# that hold a time against a bound (-k "host_time or lamb_speed") want to run alone.
 # Usage: bash scripts/test_gpu.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,4 +11,5 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     echo "test_gpu.sh: error: $python sees no CUDA device" >&2
     exit 2
 fi
+export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2} # in each of several test processes
 exec "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu*.py "$@"

@@ -116,12 +116,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def write_questions(path: Path, count: int = 24, seed: int = 0, impossible: bool = False) -> Path:
+def write_questions(
+    path: Path, count: int = 24, seed: int = 0, impossible: bool = False, words_of_a_context: tuple[int, int] = (12, 30)
+) -> Path:
     """When was it built? The one year in a context of words; with `impossible`, every third context has none."""
     rng, words = np.random.default_rng(seed), [word for word in WORDS if not word.isdigit()]
     paragraphs = []
     for number in range(count):
-        context = list(rng.choice(words, rng.integers(12, 30)))
+        context = list(rng.choice(words, rng.integers(*words_of_a_context)))
         if impossible and number % 3 == 0:
             paragraphs.append((" ".join(context), [question(f"q{number}", "", is_impossible=True)]))
             continue

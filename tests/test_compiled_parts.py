@@ -95,7 +95,7 @@ def batch_of(lengths: list[int]) -> SimpleNamespace:
     positions = torch.cat([*map(torch.arange, lengths), torch.zeros(tokens - sum(lengths), dtype=torch.int64)])
     return SimpleNamespace(
         ids=torch.randint(1, CONFIG.vocab_size, (tokens,), generator=generator),
-        packing=Packing(boundaries, positions, 32),
+        packing=Packing(boundaries, boundaries[:-2], positions, 32),
         predicted=boundaries[:-2, None].long() + torch.arange(2),
         labels=torch.randint(1, CONFIG.vocab_size, (len(lengths), 2), generator=generator),
     )

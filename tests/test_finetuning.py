@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import finetuning_runs as runs
 import pytest
 import torch
-from finetuning_runs import glue, results, squad
+from finetuning_runs import glue, results, run, squad, write_sst2
 from pretraining_runs import ROOT
 from safetensors.torch import load_file
 
 from training.assembly import read_source
 from training.checkpoint import load_checkpoint
+from training.engine import Engine
 from training.sparsity import SparsityConfig
 
 DOORS = ("run_glue", "run_squad")
@@ -212,3 +215,22 @@ def test_torchrun_starts_it_and_a_mistake_is_one_line(folder, data, tmp_path):
     assert running[1].returncode != 0
     assert len([line for line in said[1].splitlines() if line.startswith("run_glue.py: error: --data_dir")]) == 1
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_seed_s_model_is_gone_when_the_next_but_one_begins(folder, tmp_path, monkeypatch):
+    """By counting references alone: several models of several seeds would not fit onto a device together."""
+    alive, before = [], []
+    whole = Engine.__init__
+
+    def counting(self, model, *args, **kwargs):
+        before.append(sum(reference() is not None for reference in alive))
+        alive.append(weakref.ref(model))
+        whole(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "__init__", counting)
+    gc.disable()
+    try:
+        run("run_glue", glue(folder, write_sst2(tmp_path / "data"), tmp_path / "out", seeds="0,1,2,3", max_steps=1))
+    finally:
+        gc.enable()
+    assert before == [0, 1, 1, 1]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from finetuning_runs import glue, make_folder, pretrain, run, squad, write_questions, write_sst2
 
+from training.graphs import MicroStepGraphs
+
 pytestmark = pytest.mark.gpu
 LONG = {"max_position_embeddings": 256}  # more than one length that batches are padded to
 
@@ -34,13 +36,21 @@ def test_glue_with_graphs_learns_what_it_learns_without(tmp_path, sparse):
     assert scores(tmp_path / "graphs") == pytest.approx(scores(tmp_path / "plain"), abs=0.11)  # 2 of 20 examples
 
 
-def test_squad_with_graphs_of_several_lengths_and_accumulation(tmp_path):
+def test_squad_with_graphs_of_several_lengths_and_accumulation(tmp_path, monkeypatch):
     """The last batch of an epoch is smaller: a shape of its own."""
     folder, data = make_folder(tmp_path / "model", **LONG), tmp_path / "data"
     data.mkdir()
     for split, seed in (("train", 0), ("dev", 1)):
-        write_questions(data / f"{split}.json", count=27, seed=seed)
+        write_questions(data / f"{split}.json", count=27, seed=seed, words_of_a_context=(20, 110))
+    lengths_captured, capture = set(), MicroStepGraphs.capture
+
+    def record(self, batch):
+        lengths_captured.add(batch["input_ids"].shape[1])
+        capture(self, batch)
+
+    monkeypatch.setattr(MicroStepGraphs, "capture", record)
     for name, flags in (("graphs", {}), ("plain", {"no_cuda_graphs": True})):
         lengths = {"max_seq_length": 128, "doc_stride": 32, "gradient_accumulation_steps": 2, "max_steps": 9}
         run("run_squad", squad(folder, data, tmp_path / name, precision="bf16", **lengths, **flags))
+    assert lengths_captured == {64, 128}
     assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.03)

@@ -130,7 +130,8 @@ def test_training_stays_together_with_dense_training(capsys, compiled):
     masks = [layer.mask_bits.clone() for _, layer in named_layers(sparse.model)]
     losses = train(dense, batches, JOIN)
     distance = largest_difference(train(sparse, batches, JOIN), losses)
-    others = [{"order": 1}, {"order": 2}, {"parts": 2}, {"parts": 4}]
+    others = [{"order": 1}, {"order": 2}]
+    others += [] if compiled else [{"parts": 2}, {"parts": 4}]  # each size would be compiled anew
     allowed = [
         largest_difference(train(make_engine("dense", compiled=compiled), batches, JOIN, **how), losses)
         for how in others

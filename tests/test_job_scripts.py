@@ -4,7 +4,6 @@ A stub writes down how it was called and then does what the test planned for tha
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -87,6 +86,12 @@ STUBS = {
 }
 
 
+def _heed_signals() -> None:
+    """Also where these tests run in the background: bash cannot trap a signal that it was started to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Cluster:
     """A copy of the scripts, small phase configs, the stubs, and what they wrote down."""
 
@@ -133,8 +138,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # Also where these tests run under nohup: bash cannot trap a signal that it was started to ignore.
-            preexec_fn=functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=_heed_signals,
         )
         self.started.append(process)
         return process

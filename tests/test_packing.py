@@ -8,7 +8,7 @@ import pytest
 import torch
 from pretraining_runs import assembled, make_files, run, values
 
-from data.packing import fill_multiple, micro_batches, pack_step, sequence_lengths
+from data.packing import fill_multiple, fullest_micro_batch, micro_batches, pack_step, sequence_lengths
 from data.shards import StepDataset
 from training.errors import UsageError
 
@@ -51,7 +51,19 @@ def test_every_token_keeps_its_neighbours_its_position_and_its_label():
         used = part["masked_labels"] >= 0
         flat = torch.from_numpy(padded["input_ids"][k]).gather(1, torch.from_numpy(padded["masked_positions"][k]))
         assert torch.equal(part["input_ids"][part["masked_positions"]][used], flat[used])
-        assert not part["input_ids"][boundaries[-2] :].any()
+        assert not part["input_ids"][boundaries[3] :].any()
+        assert all(0 <= length <= 8 for length in torch.tensor(boundaries).diff().tolist()), "longer than any sequence"
+
+
+def test_the_fullest_micro_batch_has_the_form_of_all_others_and_no_padding():
+    packed = {name: torch.from_numpy(array) for name, array in pack_step(padded_step(), multiple=16).items()}
+    part = next(micro_batches(packed))
+    full = fullest_micro_batch(part, sequence_length=8, multiple=16)
+    assert list(full) == list(part)
+    assert len(full["input_ids"]) == len(full["positions"]) == 32  # 3 sequences of 8, filled up
+    assert full["boundaries"].tolist() == [0, 8, 16, 24, 32, 32]
+    same = set(full) - {"input_ids", "token_type_ids", "positions"}
+    assert all(full[name].shape == part[name].shape and full[name].dtype == part[name].dtype for name in same)
 
 
 def test_padded_micro_batches_are_views_of_the_step():

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+import h5py
 import pytest
 import torch
 from pretraining_runs import (
     MODEL,
     ROOT,
+    VOCAB_SIZE,
     assembled,
     begin_run,
     checkpoint,
@@ -293,3 +295,38 @@ def test_weights_without_a_head_start_that_head_anew_and_say_so(files, tmp_path)
     save_hf_folder(tmp_path / "hf", config, BertForPreTraining(config).state_dict())
     said = run(files.flags(tmp_path / "out", init_checkpoint=tmp_path / "hf", max_steps=1)).stderr
     assert "start anew" in said and "cls.seq_relationship.weight" in said and "bert.encoder" not in said
+
+
+def run_one_step_ahead() -> None:
+    """Called before a run: a step's losses are read when the next one has been given, as on a GPU."""
+    from training.pretraining import PretrainingRun
+
+    PretrainingRun.STEPS_AHEAD = {"cpu": 1}
+
+
+def test_a_step_ahead_changes_nothing(files, tmp_path, whole_run):
+    """Losses, evaluations, checkpoints and the adapters' switch, where something follows a step and where not."""
+    run(files.flags(tmp_path, eval_dir=files.heldout, eval_interval=10), run_one_step_ahead)
+    timed = {"sequences_per_second", "tokens_per_second", "data_wait_seconds", "tflops"}
+    found, expected = (
+        [{name: value for name, value in row.items() if name not in timed} for row in metrics(output)]
+        for output in (tmp_path, whole_run)
+    )
+    assert found == expected
+    names = [sorted(path.name for path in (output / "pretrain_ckpts").iterdir()) for output in (tmp_path, whole_run)]
+    assert names[0] == names[1]
+
+
+def test_a_wrong_shard_ends_a_run_that_is_a_step_ahead_after_the_good_steps(files, tmp_path):
+    """What was taken is logged before the error is told."""
+    shards = tmp_path / "shards"
+    shutil.copytree(files.train, shards)
+    with h5py.File(shards / "shard_1.hdf5", "r+") as file:
+        file["input_ids"][5, 3] = VOCAB_SIZE + 7
+        del file.attrs["max_token_id"], file.attrs["vocab_size"]
+    flags = files.flags(tmp_path / "out", input_dir=shards, max_steps=30)
+    ended = begin_run(flags, run_one_step_ahead).finish()
+    assert ended.code == 2
+    assert len(ended.stderr.splitlines()[-1:]) == 1 and "shard_1.hdf5" in ended.stderr
+    steps = [int(row["step"]) for row in metrics(tmp_path / "out")]
+    assert steps == list(range(1, len(steps) + 1)) and steps

@@ -74,6 +74,7 @@ class Engine:
             part.compile(dynamic=dynamic)
         if compiled:
             torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
+            torch._dynamo.config.optimize_ddp = False  # it would cut the parts, which are small, at DDP's buckets
         select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
@@ -113,6 +114,14 @@ class Engine:
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
         """Around a micro-step's forward and backward pass: only the last one averages gradients over ranks."""
         return contextlib.nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()
+
+    def prepare(self, largest: Callable[[], Batch]) -> None:
+        """Before a micro-step: capture the largest batch there can be, if nothing was captured yet.
+
+        So the graphs of all others fit into its memory, and what is compiled does not depend on which came first.
+        """
+        if self.graphs is not None and not self.graphs.captured:
+            self.graphs.capture(largest())
 
     def micro_step(self, batch: Batch, last: bool) -> Tensor:
         """Forward and backward pass of one micro-batch on the device; gradients add up until `step`.

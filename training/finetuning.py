@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -99,7 +100,9 @@ class FineTuning:
         # Layers of the ablations ask the host what to do.
         captured = setup.sparsity.pruned_matrix in ("none", "static-weight") and not args.no_cuda_graphs
         self.engine = Engine(
-            *(model, world, args, sequences * args.max_seq_length, self.execution.append, self._objective),
+            *(model, world, args, sequences * args.max_seq_length, self.execution.append),
+            # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
+            partial(_objective, losses),
             captured=captured,
         )
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
@@ -201,20 +204,21 @@ class FineTuning:
             batch = self._batch(features, part if len(part) else rows[:1])
             seed_dropout(self.seed, step, micro_step, self.world.rank)
             batch["share"] = self._on_device(np.float32((len(part) > 0) / len(rows)))
+            self.engine.prepare(partial(self._fullest, batch, features, parts[0]))
             total = total + self.engine.micro_step(batch, last=micro_step == micro_steps - 1)
         self.engine.step(rate)
         (loss,) = sum_over_ranks(self.world, [total.item()])
         return loss, float(features.lengths[rows].sum())
 
-    def _objective(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A micro-batch's share of the mean loss over the step's examples, twice."""
-        share = self.losses(self._outputs(model, batch), batch).sum() * batch["share"]
-        return share, share
-
-    def _batch(self, features: Features, rows: np.ndarray) -> Batch:
+    def _batch(self, features: Features, rows: np.ndarray, full: bool = False) -> Batch:
+        """Padded to about the longest of the rows; with `full`, to `--max_seq_length`."""
         multiple = GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
+        multiple = self.args.max_seq_length if full else multiple
         arrays = padded_batch(features, rows, self.args.max_seq_length, multiple)
         return {name: self._on_device(array) for name, array in arrays.items()}
+
+    def _fullest(self, like: Batch, features: Features, rows: np.ndarray) -> Batch:
+        return self._batch(features, rows, full=True) | {"share": like["share"]}
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         """Without waiting for the device, as a copy from pageable memory would."""
@@ -222,9 +226,6 @@ class FineTuning:
         if self.world.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.world.device, non_blocking=True)
-
-    def _outputs(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, ...]:
-        return model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def predict(self, features: Features, batch_size: int, width: int, what: str) -> np.ndarray:
@@ -239,7 +240,7 @@ class FineTuning:
         quiet = self.args.disable_progress_bar or not self.world.is_main
         for part in tqdm(mine, desc=what, unit="batch", disable=quiet):
             with self.engine.autocast():
-                outputs = self._outputs(model, self._batch(features, part))
+                outputs = _outputs(model, self._batch(features, part))
             outputs = torch.stack(outputs if isinstance(outputs, tuple) else (outputs,), 1)
             found.append((part, outputs.float().cpu().numpy()))
         everything = [pair for pairs in gather_objects(self.world, found) for pair in pairs]
@@ -267,6 +268,16 @@ def _described(sparsity: SparsityConfig) -> str:
     """What differs from a dense model."""
     plain = SparsityConfig().to_dict()
     return ", ".join(f"{k} {v}" for k, v in sparsity.to_dict().items() if v != plain[k]) or "dense"
+
+
+def _outputs(model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, ...]:
+    return model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+
+
+def _objective(losses: Callable, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A micro-batch's share of the mean loss over the step's examples, twice; `losses` is the job's."""
+    share = losses(_outputs(model, batch), batch).sum() * batch["share"]
+    return share, share
 
 
 def padded_batch(features: Features, rows: np.ndarray, most: int, multiple: int) -> dict[str, np.ndarray]:

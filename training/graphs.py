@@ -22,8 +22,9 @@ class MicroStepGraphs:
 
     The gradients have fixed storage from the first capture on: they must be set to zero in place, never to None.
     Random numbers are those that the default generator stands at when the micro-step is called. All graphs share one
-    pool of memory, since they run one after the other: together they need what the largest needs. A shape that comes
-    later needs as much again for a moment, as it is run once without a graph.
+    pool of memory, since they run one after the other; a smaller one fits into what a larger one has left, so the
+    largest should be captured first. A shape that comes later needs its memory once more for a moment, as it is run
+    once without a graph.
 
     Args:
         function: of a batch on the device; forward and backward pass; returns a small tensor.
@@ -45,24 +46,27 @@ class MicroStepGraphs:
         """The function's result, in storage that the next call overwrites."""
         shapes = tuple(tensor.shape for tensor in batch.values())
         if shapes not in self.captured:
-            self.captured[shapes] = self._capture(batch)
+            self.capture(batch)
         captured = self.captured[shapes]
         for name, tensor in batch.items():
             captured.inputs[name].copy_(tensor, non_blocking=True)
         captured.graph.replay()
         return captured.output
 
-    def _capture(self, batch: Batch) -> _Captured:
+    def capture(self, batch: Batch) -> None:
+        """Get ready for batches of this one's shape; gradients and random numbers stay as they are."""
         random_state = torch.cuda.get_rng_state()
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         self.rehearse(inputs)
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads, such as the loader's, may allocate and ask for events meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.function(inputs)
         torch.cuda.set_rng_state(random_state)
-        return _Captured(graph, inputs, output)
+        shapes = tuple(tensor.shape for tensor in batch.values())
+        self.captured[shapes] = _Captured(graph, inputs, output)
 
     def rehearse(self, inputs: Batch) -> None:
         """Run once as usual, so that everything is compiled and loaded that may not be while capturing.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch, StepLoader, step_loader
-from data.packing import fill_multiple, micro_batches, sequence_lengths
+from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
 from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
@@ -56,6 +56,8 @@ class TakenStep:
     waited: float
     """Seconds that its data were waited for."""
     adapters: bool
+    loss_scale: float
+    """Of the next step."""
     sums: Tensor
     """Summed MLM and next-sentence losses of this rank, on the host as soon as `copied`."""
     copied: torch.cuda.Event | None
@@ -69,6 +71,8 @@ def unpads(args, config: BertConfig, world: World) -> bool:
     """
     if args.unpad == "False" or (args.unpad == "auto" and world.device.type != "cuda"):
         return False
+    if args.unpad == "auto" and args.pruned_matrix not in ("none", "static-weight"):
+        return False  # some ablations prune along tokens, padding among them
     if world.device.type != "cuda":
         return True
     head = config.hidden_size // config.num_attention_heads
@@ -85,6 +89,8 @@ def unpads(args, config: BertConfig, world: World) -> bool:
 
 class PretrainingRun:
     """One run of one phase on this rank: `train` goes from the step after `start` to the phase's end."""
+
+    STEPS_AHEAD = {"cuda": 1, "cpu": 0}  # that a device is given before one's losses are read
 
     def __init__(self, args, config: BertConfig, world: World, start: Start, sparsity, model, shards, heldout):
         self.args, self.config, self.world, self.start, self.sparsity = args, config, world, start, sparsity
@@ -170,20 +176,23 @@ class PretrainingRun:
         loader = step_loader(self.dataset, self.args.num_workers, pin_memory=self.world.device.type == "cuda")
         first, last = self.start.phase_start + 1, self.start.phase_end
         logger.start_bar(first, last, done=self.step - first + 1, disable=self.args.disable_progress_bar)
-        ahead = 1 if self.world.device.type == "cuda" else 0  # steps that a GPU is given before one's losses are read
+        ahead = self.STEPS_AHEAD[self.world.device.type]
         under_way: deque[TakenStep] = deque()
         self.clock = time.perf_counter()
         for step in range(self.step + 1, last + 1):
-            batch, counts = self.next_batch(loader, stop)
+            try:
+                batch, counts = self.next_batch(loader, stop)
+            except UsageError:
+                self.finish_steps(under_way, logger)
+                raise
             if batch is None:
                 break
             if step == self.adapter_step:
+                self.finish_steps(under_way, logger)
                 self.join_adapters(logger)
             under_way.append(self.give_step(step, batch, counts, self.learning_rate(step), loader.wait_seconds))
-            while len(under_way) > (0 if self.is_due(step) else ahead):
-                self.finish_step(under_way.popleft(), logger)
-        for taken in under_way:
-            self.finish_step(taken, logger)
+            self.finish_steps(under_way, logger, but=0 if self.is_due(step) else ahead)
+        self.finish_steps(under_way, logger)
         loader.close()
         if self.step < last:
             self.save()
@@ -202,6 +211,11 @@ class PretrainingRun:
     def is_due(self, step: int) -> bool:
         """Whether something follows the step that needs its outcome."""
         return self.evaluates_after(step) or self.saves_after(step)
+
+    def finish_steps(self, under_way: deque[TakenStep], logger: Logger, but: int = 0) -> None:
+        """All that are under way but the last `but`."""
+        while len(under_way) > but:
+            self.finish_step(under_way.popleft(), logger)
 
     def finish_step(self, taken: TakenStep, logger: Logger) -> None:
         """Wait for a step's losses, and do what follows it."""
@@ -283,17 +297,20 @@ class PretrainingRun:
 
     # -------------------------------------------------------------------------------------------------------- a step
     def give_step(self, step: int, batch: Batch, counts: Counts, rate: float, waited: float = 0.0) -> TakenStep:
-        """Give the device one optimizer step; nothing here waits for it (but fp16's check for overflow)."""
+        """Give the device one optimizer step; nothing here waits for it (but fp16, which has to see overflows)."""
         device, engine = self.world.device, self.engine
         shares = torch.tensor(
             [1 / max(counts.masked_tokens, 1), 1 / max(counts.sentence_labels, 1)], pin_memory=device.type == "cuda"
         )
         shares = shares.to(device, non_blocking=True)
         parts = list(micro_batches(self.on_device(batch)))
+        parts = [part | {"shares": shares} for part in parts]
+        if self.pack_multiple is not None:
+            engine.prepare(lambda: fullest_micro_batch(parts[0], self.longest, self.pack_multiple))
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for micro_step, part in enumerate(parts):
             seed_dropout(self.args.seed, step, micro_step, self.world.rank)
-            sums += engine.micro_step(part | {"shares": shares}, last=micro_step == len(parts) - 1)
+            sums += engine.micro_step(part, last=micro_step == len(parts) - 1)
         copied = None
         if device.type == "cuda":
             sums = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
@@ -301,7 +318,8 @@ class PretrainingRun:
             copied.record()
         engine.step(rate)
         self.step, self.samples = step, self.samples + self.args.global_batch_size
-        return TakenStep(step, self.samples, counts, rate, waited, self.sparsity.lora_rank > 0, sums, copied)
+        adapters, scale = self.sparsity.lora_rank > 0, engine.scaler.get_scale()
+        return TakenStep(step, self.samples, counts, rate, waited, adapters, scale, sums, copied)
 
     def objective(self, model, part: Batch) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the loss, the global means of both losses added up; and its two sums of losses."""
@@ -312,8 +330,9 @@ class PretrainingRun:
     def forward(self, model, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Summed MLM and next-sentence losses of one micro-batch, and its token scores [B, P, V]."""
         if "boundaries" in part:
-            longest = max(self.longest, self.pack_multiple)  # what fills up is a sequence too
-            mask = Packing(part["boundaries"].int(), part["positions"], longest)
+            boundaries = part["boundaries"].int()
+            firsts = boundaries[: len(part["masked_positions"])]
+            mask = Packing(boundaries, firsts, part["positions"], self.longest)
         else:
             mask = part["attention_mask"]
         scores, sentence_scores = model(part["input_ids"], part["token_type_ids"], mask, part["masked_positions"])
@@ -368,7 +387,7 @@ class PretrainingRun:
             "tokens_per_second": taken.counts.tokens / seconds,
             "data_wait_seconds": taken.waited,
             "adapters": int(taken.adapters),
-            "loss_scale": self.engine.scaler.get_scale(),
+            "loss_scale": taken.loss_scale,
         } | self.work_done(taken.counts, seconds)
 
     def work_done(self, counts: Counts, seconds: float) -> dict:
