@@ -81,7 +81,7 @@ class Stepping(PretrainingRun):
 
     def take(self, count: int = 1) -> None:
         """Take so many steps. On a GPU the last one's optimizer step may still be under way."""
-        ahead = 1 if self.world.device.type == "cuda" else 0  # as in `train`
+        ahead = self.STEPS_AHEAD[self.world.device.type]
         under_way: deque[TakenStep] = deque()
         for _ in range(count):
             batch, counts = self.next_batch(self.loader, NOT_STOPPED)
@@ -188,8 +188,8 @@ def random_model(config: BertConfig, sparsity: SparsityConfig, world: World, see
 class SharedGraphs(MicroStepGraphs):
     """Graphs of several models that take turns, in one pool of memory, which holds what the largest of them needs.
 
-    While `rehearsing`, micro-steps run without a graph, so that the memory this takes is given back before any model's
-    graph holds the pool. Their gradients do not count.
+    While `rehearsing`, nothing is captured: what would be runs without a graph, so that the memory this takes is given
+    back before any model's graph holds the pool. Gradients of that do not count.
     """
 
     def __init__(self, function, parameters, pool: tuple[int, int]):
@@ -198,9 +198,15 @@ class SharedGraphs(MicroStepGraphs):
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.rehearsing:
-            super().rehearse({name: tensor.clone() for name, tensor in batch.items()})
+            self.capture(batch)
             return torch.zeros((), device=next(iter(batch.values())).device)
         return super().__call__(batch)
+
+    def capture(self, batch: Batch) -> None:
+        if self.rehearsing:
+            super().rehearse({name: tensor.clone() for name, tensor in batch.items()})
+        else:
+            super().capture(batch)
 
     def rehearse(self, inputs: Batch) -> None:
         """Done before anything was captured."""
