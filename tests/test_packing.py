@@ -10,7 +10,11 @@ from pretraining_runs import assembled, make_files, run, values
 
 from data.packing import fill_multiple, fullest_micro_batch, micro_batches, pack_step, sequence_lengths
 from data.shards import StepDataset
+from modeling import BertConfig
+from training.distributed import World
 from training.errors import UsageError
+from training.pretraining import unpads
+from training.sparsity import SparsityConfig
 
 NO_ADAPTERS = {"pruned_matrix": "none", "add_lora": "False"}
 
@@ -144,24 +148,31 @@ def test_dropout_and_a_resume_without_padding(files, tmp_path):
     assert values(tmp_path / "whole", "step_loss") == values(tmp_path / "parts", "step_loss")
 
 
-def test_unpad_where_flash_attention_cannot_run_is_an_error(files, tmp_path, monkeypatch):
-    from modeling import BertConfig
-    from training.distributed import World
-    from training.pretraining import unpads
+@pytest.fixture
+def on_gpu(files, tmp_path, monkeypatch):
+    """What `unpads` says of a GPU, by its compute capability, and of flags."""
+    flags = assembled(files.flags(tmp_path, **NO_ADAPTERS)).args
+    config = BertConfig(**json.loads(files.model.read_text()))
 
-    args = assembled(files.flags(tmp_path, **NO_ADAPTERS)).args
-    world, config = World(0, 1, 0, torch.device("cuda", 0)), BertConfig(**json.loads(files.model.read_text()))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    args.precision = "bf16"
-    assert unpads(args, config, world)
-    args.precision = "fp32"
-    assert not unpads(args, config, world)
-    args.unpad = "True"
+    def ask(unpad: str, precision: str = "bf16", pruned_matrix: str = "none", capability=(9, 0)) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        flags.unpad, flags.precision = unpad, precision
+        return unpads(flags, config, SparsityConfig(pruned_matrix), World(0, 1, 0, torch.device("cuda", 0)))
+
+    return ask
+
+
+def test_unpad_is_for_16_bits_on_gpus_that_have_flash_attention(on_gpu):
+    assert on_gpu("auto") and on_gpu("auto", "fp16")
+    assert not on_gpu("auto", "fp32") and not on_gpu("auto", capability=(7, 5)) and not on_gpu("False")
     with pytest.raises(UsageError, match="--unpad True.*--precision fp32"):
-        unpads(args, config, world)
-    args.precision, args.unpad = "fp16", "False"
-    assert not unpads(args, config, world)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    args.unpad = "True"
+        on_gpu("True", "fp32")
     with pytest.raises(UsageError, match="compute capability below 8.0"):
-        unpads(args, config, world)
+        on_gpu("True", capability=(7, 5))
+
+
+def test_padding_stays_where_an_ablation_would_prune_other_tokens_without(on_gpu):
+    """It goes by what the model is pruned by, in any spelling, not by the flag, which a resume may leave out."""
+    assert on_gpu("auto", pruned_matrix="static-weight") and on_gpu("auto", pruned_matrix="weight-static")
+    assert not on_gpu("auto", pruned_matrix="dynamic-input")
+    assert on_gpu("True", pruned_matrix="dynamic-input")

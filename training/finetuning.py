@@ -97,13 +97,11 @@ class FineTuning:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
         self.execution: list[str] = []  # what runs the sparse products
         sequences = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world.size)
-        # Layers of the ablations ask the host what to do.
-        captured = setup.sparsity.pruned_matrix in ("none", "static-weight") and not args.no_cuda_graphs
         self.engine = Engine(
             *(model, world, args, sequences * args.max_seq_length, self.execution.append),
             # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
             partial(_objective, losses),
-            captured=captured,
+            captured=setup.sparsity.weights_alone and not args.no_cuda_graphs,
         )
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 
@@ -197,11 +195,12 @@ class FineTuning:
     def _take_step(self, step: int, features: Features, rows: np.ndarray, rate: float) -> tuple[float, float]:
         """One optimizer step on `rows`, the same whatever the number of ranks and micro-steps; (mean loss, tokens)."""
         total, micro_steps = 0.0, self.args.gradient_accumulation_steps
+        multiple = GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
         parts = np.array_split(rows, micro_steps * self.world.size)
         for micro_step in range(micro_steps):
             part = parts[micro_step * self.world.size + self.world.rank]
             # A rank without an example still takes part in the averaging, with one that counts nothing.
-            batch = self._batch(features, part if len(part) else rows[:1])
+            batch = self._batch(features, part if len(part) else rows[:1], multiple)
             seed_dropout(self.seed, step, micro_step, self.world.rank)
             batch["share"] = self._on_device(np.float32((len(part) > 0) / len(rows)))
             self.engine.prepare(partial(self._fullest, batch, features, parts[0]))
@@ -210,15 +209,13 @@ class FineTuning:
         (loss,) = sum_over_ranks(self.world, [total.item()])
         return loss, float(features.lengths[rows].sum())
 
-    def _batch(self, features: Features, rows: np.ndarray, full: bool = False) -> Batch:
-        """Padded to about the longest of the rows; with `full`, to `--max_seq_length`."""
-        multiple = GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
-        multiple = self.args.max_seq_length if full else multiple
+    def _batch(self, features: Features, rows: np.ndarray, multiple: int = LENGTH_MULTIPLE) -> Batch:
+        """Padded to the next multiple of the longest of the rows, but to no more than `--max_seq_length`."""
         arrays = padded_batch(features, rows, self.args.max_seq_length, multiple)
         return {name: self._on_device(array) for name, array in arrays.items()}
 
     def _fullest(self, like: Batch, features: Features, rows: np.ndarray) -> Batch:
-        return self._batch(features, rows, full=True) | {"share": like["share"]}
+        return self._batch(features, rows, self.args.max_seq_length) | {"share": like["share"]}
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         """Without waiting for the device, as a copy from pageable memory would."""

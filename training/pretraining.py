@@ -21,6 +21,7 @@ from training.engine import Engine, seed_dropout
 from training.errors import UsageError
 from training.logs import Logger
 from training.phases import Start, adapter_step
+from training.sparsity import SparsityConfig
 from training.throughput import peak_tflops, useful_flops
 
 CHECKPOINTS = "pretrain_ckpts"  # below --output_dir
@@ -63,7 +64,7 @@ class TakenStep:
     copied: torch.cuda.Event | None
 
 
-def unpads(args, config: BertConfig, world: World) -> bool:
+def unpads(args, config: BertConfig, sparsity: SparsityConfig, world: World) -> bool:
     """Whether sequences lie end to end, with no padding computed: as `--unpad` says, or where the device is good at it.
 
     Raises:
@@ -71,8 +72,8 @@ def unpads(args, config: BertConfig, world: World) -> bool:
     """
     if args.unpad == "False" or (args.unpad == "auto" and world.device.type != "cuda"):
         return False
-    if args.unpad == "auto" and args.pruned_matrix not in ("none", "static-weight"):
-        return False  # some ablations prune along tokens, padding among them
+    if args.unpad == "auto" and not sparsity.weights_alone:
+        return False
     if world.device.type != "cuda":
         return True
     head = config.hidden_size // config.num_attention_heads
@@ -119,13 +120,10 @@ class PretrainingRun:
         args, on_gpu = self.args, self.world.device.type == "cuda"
         self.notes: list[str] = []  # what the log begins with, besides the run's description
         self.longest = sequence_length
-        unpadded = unpads(args, self.config, self.world)
+        unpadded = unpads(args, self.config, self.sparsity, self.world)
         multiple = fill_multiple(self.local_batch_size, sequence_length)
         self.pack_multiple = multiple if unpadded else None
         compiled = on_gpu and not args.no_compile
-        # Layers of the ablations, and checkpointed ones, ask the host what to do.
-        plain = args.pruned_matrix in ("none", "static-weight") and not args.checkpoint_activations
-        captured = on_gpu and plain and not args.no_cuda_graphs and self.world.size == 1
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         places = self.local_batch_size * sequence_length
@@ -134,12 +132,12 @@ class PretrainingRun:
             other_tokens=[round(share * places) for share in SHARES_OF_TOKENS] if unpadded else (),
             compiled=compiled_parts(model) if compiled else (),
             dynamic=unpadded,
-            captured=captured,
+            # Layers of the ablations, and checkpointed ones, ask the host what to do.
+            captured=self.sparsity.weights_alone and not args.checkpoint_activations and not args.no_cuda_graphs,
         )
-        self.notes.append(
-            f"{'compiled' if compiled else 'not compiled'}, {'with' if captured else 'without'} CUDA graphs, "
-            + (f"no padding computed but up to a multiple of {multiple} tokens" if unpadded else "padding computed")
-        )
+        padding = f"no padding computed but up to a multiple of {multiple} tokens" if unpadded else "padding computed"
+        graphs = "with" if self.engine.captured else "without"
+        self.notes.append(f"{'compiled' if compiled else 'not compiled'}, {graphs} CUDA graphs, {padding}")
 
     def resume(self, checkpoint: dict) -> None:
         """Take over what a checkpoint holds beside the weights; a new phase keeps the moments alone."""
@@ -303,8 +301,7 @@ class PretrainingRun:
             [1 / max(counts.masked_tokens, 1), 1 / max(counts.sentence_labels, 1)], pin_memory=device.type == "cuda"
         )
         shares = shares.to(device, non_blocking=True)
-        parts = list(micro_batches(self.on_device(batch)))
-        parts = [part | {"shares": shares} for part in parts]
+        parts = [part | {"shares": shares} for part in micro_batches(self.on_device(batch))]
         if self.pack_multiple is not None:
             engine.prepare(lambda: fullest_micro_batch(parts[0], self.longest, self.pack_multiple))
         sums = torch.zeros(2, dtype=torch.float64, device=device)

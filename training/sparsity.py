@@ -57,6 +57,14 @@ class SparsityConfig:
     def sparse(self) -> bool:
         return self.pruned_matrix != "none"
 
+    @property
+    def weights_alone(self) -> bool:
+        """Whether nothing but weights is pruned, by masks that stay: a dense model, or SLoPe.
+
+        Ablations choose anew in each call, or among inputs and gradients of tokens, padding among them.
+        """
+        return self.pruned_matrix in ("none", "static-weight")
+
     def to_dict(self) -> dict:
         return asdict(self) | {"sparsity_increment": list(self.sparsity_increment)}
 
