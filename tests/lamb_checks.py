@@ -2,12 +2,28 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from optimization import Lamb
 
+each_setting = pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"grad_averaging": False, "max_grad_norm": 0.5},
+        {"bias_correction": False, "max_grad_norm": float("inf"), "betas": (0.8, 0.95), "eps": 1e-3},
+    ],
+    ids=["recipe", "no averaging", "no correction, no clipping"],
+)
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def definition_only(monkeypatch):
+    """The foreach form, which `Lamb` falls back to, would hide kernels that never run."""
+    monkeypatch.delattr(Lamb, "_update_foreach")
 
 
 class Pair:

@@ -15,6 +15,8 @@ from lamb_checks import (
     check_not_a_number_reaches_every_weight,
     check_whatever_moves_is_found,
     check_zero_norms,
+    definition_only,  # noqa: F401 - a fixture
+    each_setting,
     staying,
 )
 
@@ -41,21 +43,7 @@ def kernels(monkeypatch) -> list:
     return made
 
 
-@pytest.fixture(autouse=True)
-def definition_only(monkeypatch):
-    """The foreach form, which `Lamb` falls back to, would hide kernels that never run."""
-    monkeypatch.delattr(Lamb, "_update_foreach")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"grad_averaging": False, "max_grad_norm": 0.5},
-        {"bias_correction": False, "max_grad_norm": float("inf"), "betas": (0.8, 0.95), "eps": 1e-3},
-    ],
-    ids=["recipe", "no averaging", "no correction, no clipping"],
-)
+@each_setting
 def test_the_kernels_are_the_definition(settings):
     check_against_definition("cpu", SIZES, **settings)
 

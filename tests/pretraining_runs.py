@@ -197,12 +197,12 @@ def _context():
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
-def kill_after(step: int) -> Callable[[], None]:
-    """For `prepare`: SIGKILL once `step` is in the logs, before anything else happens."""
-    return functools.partial(_kill_after, step)
+def kill_after(step: int, number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """For `prepare`: this signal once `step` is in the logs, before anything else happens."""
+    return functools.partial(_signal_after, step, number)
 
 
-def _kill_after(step: int) -> None:
+def _signal_after(step: int, sent: signal.Signals) -> None:
     from training.logs import Logger
 
     log = Logger.step
@@ -210,7 +210,7 @@ def _kill_after(step: int) -> None:
     def log_and_die(self, number, metrics):
         log(self, number, metrics)
         if number == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
 
     Logger.step = log_and_die
 

@@ -17,6 +17,8 @@ from lamb_checks import (
     check_not_a_number_reaches_every_weight,
     check_whatever_moves_is_found,
     check_zero_norms,
+    definition_only,  # noqa: F401 - a fixture
+    each_setting,
 )
 from torch import Tensor, nn
 
@@ -27,21 +29,7 @@ SIZES = [1, 1000, 1024 * 4096 + 3, (1000, 1000), 8192, 8193, 1023, 0]
 BYTES = 44  # that a step moves a parameter: g twice, p m v twice each, and p m v written
 
 
-@pytest.fixture(autouse=True)
-def definition_only(monkeypatch):
-    """The foreach form, which `Lamb` falls back to, would hide kernels that never run."""
-    monkeypatch.delattr(Lamb, "_update_foreach")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"grad_averaging": False, "max_grad_norm": 0.5},
-        {"bias_correction": False, "max_grad_norm": float("inf"), "betas": (0.8, 0.95), "eps": 1e-3},
-    ],
-    ids=["recipe", "no averaging", "no correction, no clipping"],
-)
+@each_setting
 def test_the_kernels_are_the_definition(settings):
     check_against_definition("cuda", SIZES, steps=8, **settings)
 

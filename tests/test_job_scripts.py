@@ -310,6 +310,18 @@ def test_a_run_that_saves_nothing_new_is_not_started_again(cluster):
 # ---------------------------------------------------------------- signals
 
 
+@pytest.mark.parametrize(("child", "code"), [("sleep 0.3; exit 7", "7"), ("kill -USR1 $BASHPID", "138")])
+def test_waiting_goes_on_after_a_signal_whose_trap_has_run_already(child, code):
+    """Of two signals at once, as Ctrl-C sends, bash may run both traps and then end the next wait, too."""
+    script = f"""source {ROOT}/scripts/launch_pretraining.sh
+        wait() {{ if [[ -z ${{ended:-}} ]]; then ended=1; sleep 0.1; return 138; fi; builtin wait "$1"; }}
+        ({child}) & code=0
+        wait_for "$!" || code=$?
+        echo "$code" """
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=10)
+    assert found.stdout == f"{code}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_the_local_script_with_0(cluster, number):
     cluster.plan("wait 2", "save 4")

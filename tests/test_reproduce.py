@@ -200,25 +200,12 @@ def test_a_branch_outlives_its_sources_stops(whole, data, tmp_path):
     """A stop adds a checkpoint, which would push out the one where others branch off."""
     words = flags(data, tmp_path, "--only", "slope", "--skip_finetuning")
     for step in (38, 39):
-        call(words, lambda command, step=step: Forked(command, [partial(_stop_after, step)]))
+        call(words, lambda command, step=step: Forked(command, [kill_after(step, signal.SIGTERM)]))
     assert call(words) == 0
     assert not (tmp_path / "slope/pretrain_ckpts/ckpt_36.pt").exists()
     assert call(flags(data, tmp_path, "--only", "lazy_1", "--skip_finetuning"), spy := Spy()) == 0
     assert len(spy.commands) == 1 and shared(tmp_path, "slope", "lazy_1") == 36
     assert log_of(tmp_path, "lazy_1") == log_of(whole, "lazy_1")
-
-
-def _stop_after(step: int) -> None:
-    from training.logs import Logger
-
-    log = Logger.step
-
-    def log_and_stop(self, number, metrics):
-        log(self, number, metrics)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Logger.step = log_and_stop
 
 
 def test_killed_or_stopped_itself(whole, data, tmp_path):
