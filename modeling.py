@@ -482,7 +482,7 @@ class BertForQuestionAnswering(nn.Module):
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
     """What torch.compile gets, one by one: blocks of one structure share one compilation.
 
-    Not the embeddings: compiled, their gradient would be added up in no fixed order.
+    Not the embeddings: compiled, their gradient would be added up by atomics, in no fixed order.
     """
     blocks = list(model.bert.encoder.layer)
     return [*blocks, model.cls.predictions] if hasattr(model, "cls") else blocks

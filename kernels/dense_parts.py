@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-# erf by Abramowitz and Stegun, 7.1.26: within 1.5e-7, in a fifth of the instructions of CUDA's own, and the exponential
-# in it is the one that the derivative needs.
+# erf by Abramowitz and Stegun, 7.1.26: within 1.5e-7, in fewer instructions than CUDA's own, and the exponential in it
+# is the one that the derivative needs.
 _P = 0.3275911
 _COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
@@ -66,8 +66,8 @@ def kept_by_dropout(shape: torch.Size, seed: Tensor, probability: float) -> Tens
     """Which elements dropout keeps: a function of the seed, int32 [2], and of the element's number alone.
 
     So the mask is computed again in the backward pass, and never stored. The number is mixed by three multiplications
-    (Wellons' triple32, with a word of the seed before each of the first two); Philox, torch's generator, takes some
-    five times as many instructions, which are then what a fused kernel waits for.
+    (Wellons' triple32, with a word of the seed before each of the first two): fewer instructions than those of Philox,
+    torch's generator.
     """
     device, columns = seed.device, shape[-1]
     rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int32, device=device).view(*shape[:-1], 1)
