@@ -4,18 +4,20 @@
 python scripts/compare_finetuning.py --init_checkpoint DIR --glue_dir DATA/glue --squad_dir DATA/squad \\
     --output_dir results/comparison --seeds 0,1,2 --parallel 4
 
-Runs are processes of run_glue.py and run_squad.py, `--parallel` of them at a time on the machine's GPU. One that is
-finished is not run again, one that was stopped goes on. The table (Markdown) is OUTPUT_DIR/table.md, too.
+Runs are processes of run_glue.py and run_squad.py, `--parallel` of them at a time, dealt out to the machine's GPUs. One
+that is finished is not run again, one that was stopped goes on. The table (Markdown) is OUTPUT_DIR/table.md, too.
 """
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -91,20 +93,35 @@ class Run:
             *("--data_dir", f"{args.glue_dir}/{self.task}", *settings),
         ]
 
-    def finish(self, args) -> None:
-        """Run to the end, unless it is there already; its output goes into `run.log`."""
+    def finish(self, args, places: SimpleQueue) -> None:
+        """Run to the end in one of the `places`, unless it is there already; its output goes into `run.log`."""
         if self.results.exists():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         started = time.time()
         log = self.directory / "run.log"
+        place = places.get()
         with log.open("a") as file:
-            code = subprocess.run(self.command(args), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+            out = {"stdout": file, "stderr": subprocess.STDOUT}
+            code = subprocess.run(self.command(args), **out, cwd=ROOT, env=os.environ | place).returncode
+        places.put(place)
         if code != 0 or not self.results.exists():
             last = (log.read_text().strip().splitlines() or ["nothing printed"])[-1]
             raise UsageError(f"{self.task}, {self.variant}, seed {self.seed}: did not finish ({last}); see {log}")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics().items())
         print(f"{self.task}, {self.variant}, seed {self.seed}: {shown} ({time.time() - started:.0f} s)", flush=True)
+
+
+def places_of(parallel: int) -> SimpleQueue:
+    """As many as there are runs at a time: what each adds to its environment so as to see one of the GPUs."""
+    from torch.cuda import device_count  # takes seconds, so not for who only asks for help
+
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[: device_count()]
+    gpus = gpus if any(gpus) else [str(number) for number in range(device_count())]
+    places = SimpleQueue()
+    for number in range(parallel):
+        places.put({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
+    return places
 
 
 def table(runs: list[Run], tasks: list[str]) -> str:
@@ -150,8 +167,9 @@ def main() -> None:
         Run(task, variant, seed, args.output_dir / task / variant.replace(", ", "_").replace(":", "") / f"seed_{seed}")
         for task, seed, variant in itertools.product(args.tasks, seeds, VARIANTS)
     ]
+    places = places_of(args.parallel)
     with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda run: run.finish(args), runs))
+        list(pool.map(lambda run: run.finish(args, places), runs))
     text = table(runs, args.tasks)
     (args.output_dir / "table.md").write_text(text)
     print(text)

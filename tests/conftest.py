@@ -14,9 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices are
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from machine_gpus import share_out  # noqa: E402
 from pretraining_runs import TrainingFiles, begin_run, make_files  # noqa: E402
 
 torch.set_num_threads(1)
+share_out()
 
 
 def pytest_collection_modifyitems(items):
