@@ -26,7 +26,8 @@ Nothing in this file knows BERT: `sparsify` takes any model together with the li
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,19 +168,21 @@ class DenseOperands(nn.Module):
 
     def refresh(self, layer: "SparseLinear", rechoose: bool) -> None:
         """Rebuild in place what the products read; with `rechoose`, choose W^{R,C} anew from the values' magnitudes."""
-        values = layer.values.detach()
-        if rechoose and layer.m is not None:
-            second = double_prune_mask(layer.expand(values), layer.stored_mask(), N, layer.m, dim=0)
-            self.set_second_kept(layer, second.flatten()[self.index].view(values.shape))
-        self.w_forward.view(-1)[self.index] = values.flatten().to(self.dtype)
-        twice = values if self.second is None else torch.where(self.second, values, 0.0)
-        self.w_backward.view(-1)[self.index] = twice.flatten().to(self.dtype)
+        self.refresh_all([layer], rechoose)
 
     @staticmethod
     def refresh_all(layers: Sequence["SparseLinear"], rechoose: bool) -> None:
         """`refresh` of many layers whose operands are of this class."""
+        if rechoose:
+            for alike in _alike([layer for layer in layers if layer.m is not None]):
+                _choose_second(alike)
         for layer in layers:
-            layer.operands.refresh(layer, rechoose)
+            layer.operands._rebuild(layer.values.detach())
+
+    def _rebuild(self, values: Tensor) -> None:
+        self.w_forward.view(-1)[self.index] = values.flatten().to(self.dtype)
+        twice = values if self.second is None else torch.where(self.second, values, 0.0)
+        self.w_backward.view(-1)[self.index] = twice.flatten().to(self.dtype)
 
     def second_kept(self, layer: "SparseLinear") -> Tensor | None:
         """The values that W^{R,C} keeps, bool in the shape of the values; None where there is no second pruning."""
@@ -187,7 +190,7 @@ class DenseOperands(nn.Module):
 
     def set_second_kept(self, layer: "SparseLinear", kept: Tensor) -> None:
         """An earlier choice of W^{R,C}; `refresh` without `rechoose` follows."""
-        self.second = kept if self.second is None else self.second.copy_(kept)
+        self.second = kept.clone() if self.second is None else self.second.copy_(kept)
 
     def forward(self, x: Tensor, layer: "SparseLinear") -> Tensor:
         """X [..., in] -> Y [..., out] in the operands' dtype, with bias and adapters."""
@@ -197,6 +200,35 @@ class DenseOperands(nn.Module):
             w_forward, w_backward = w_forward.t(), w_backward.t()
         y = SlopeProduct.apply(x, layer.values, w_forward, w_backward, self.index, layer.by_input)
         return layer.finish(y, x)
+
+
+CHOSEN_TOGETHER = 2**24
+"""Weights of the layers that W^{R,C} is chosen of at a time on a GPU: some 20 bytes each are needed for it."""
+
+
+def _alike(layers: Iterable["SparseLinear"]) -> Iterator[list["SparseLinear"]]:
+    """Groups of layers of one shape and pattern: on a GPU, where starting each step costs time, of several layers."""
+    groups: dict[tuple, list[SparseLinear]] = {}
+    for layer in layers:
+        groups.setdefault((layer.stored_shape, layer.m, layer.values.dtype, layer.values.device), []).append(layer)
+    for (shape, *_, device), alike in groups.items():
+        count = max(1, CHOSEN_TOGETHER // math.prod(shape)) if device.type == "cuda" else 1
+        for first in range(0, len(alike), count):
+            yield alike[first : first + count]
+
+
+def _choose_second(layers: Sequence["SparseLinear"]) -> None:
+    """Choose W^{R,C} anew, together: dozens of small steps for all, as many as they would be for each."""
+    values = torch.stack([layer.values.detach().flatten() for layer in layers])  # [layers, values of each]
+    index = torch.stack([layer.operands.index for layer in layers])
+    shape = (len(layers), *layers[0].stored_shape)
+    weight = values.new_zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool, device=weight.device)
+    weight.flatten(1).scatter_(1, index, values)
+    mask.flatten(1).scatter_(1, index, True)
+    seconds = double_prune_mask(weight, mask, N, layers[0].m, dim=1).flatten(1).gather(1, index)
+    for layer, second in zip(layers, seconds, strict=True):
+        layer.operands.set_second_kept(layer, second.view(layer.values.shape))
 
 
 # -------------------------------------------------------------------------------------------------------------- layers

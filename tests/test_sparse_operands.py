@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from sparse_layers import (
 from sparse_reference import kept_of_every_group, kept_twice, stored_values
 from torch import nn
 
+import sparse_ops
 from kernels.backends import select_backends
 from sparse_ops import OperandRefresh, SparseLinear, add_adapters
 from training.errors import UsageError
@@ -67,6 +69,32 @@ def test_operands_follow_the_adapter_switch(case):
     layer.values.data *= 0.5  # the same choice of W^{R,C}
     add_adapters(layer, rank=2, seed=0)
     assert_fresh(layer, mask, case)
+
+
+@every_nm
+def test_layers_that_choose_together_choose_as_each_by_itself(case):
+    """On a GPU; here each chooses alone."""
+    layers, masks, _ = zip(*(make_layer(case, seed=seed, bias=False) for seed in range(3)), strict=True)
+    for layer in layers:
+        layer.values.data = layer.values.data.flip(0)
+    before = [layer.second_kept.clone() for layer in layers]
+    sparse_ops._choose_second(layers)
+    for layer, mask, kept in zip(layers, masks, before, strict=True):
+        assert not torch.equal(layer.second_kept, kept), "the same choice as before: nothing to see"
+        layer.refresh(rechoose=False)
+        assert_fresh(layer, mask, case)
+
+
+def test_layers_choose_together_up_to_a_number_of_weights(monkeypatch):
+    monkeypatch.setattr(sparse_ops, "CHOSEN_TOGETHER", 2 * IN * OUT)
+    values = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    patterns = ((4, IN), (4, IN), (8, IN), (4, IN), (4, 4 * IN))
+    layers = [
+        SimpleNamespace(number=number, stored_shape=(OUT, columns), m=m, values=values)
+        for number, (m, columns) in enumerate(patterns)
+    ]
+    groups = [[layer.number for layer in alike] for alike in sparse_ops._alike(layers)]
+    assert groups == [[0, 1], [3], [2], [4]]
 
 
 @every_nm
