@@ -112,16 +112,13 @@ class Run:
         print(f"{self.task}, {self.variant}, seed {self.seed}: {shown} ({time.time() - started:.0f} s)", flush=True)
 
 
-def places_of(parallel: int) -> SimpleQueue:
-    """As many as there are runs at a time: what each adds to its environment so as to see one of the GPUs."""
+def gpu_places() -> list[dict[str, str]]:
+    """For each of the machine's GPUs what a process adds to its environment to see that one; one place without any."""
     from torch.cuda import device_count  # takes seconds, so not for who only asks for help
 
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[: device_count()]
-    gpus = gpus if any(gpus) else [str(number) for number in range(device_count())]
-    places = SimpleQueue()
-    for number in range(parallel):
-        places.put({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
-    return places
+    count = device_count()
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or map(str, range(count))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name, _ in zip(names, range(count), strict=False)] or [{}]
 
 
 def table(runs: list[Run], tasks: list[str]) -> str:
@@ -167,7 +164,9 @@ def main() -> None:
         Run(task, variant, seed, args.output_dir / task / variant.replace(", ", "_").replace(":", "") / f"seed_{seed}")
         for task, seed, variant in itertools.product(args.tasks, seeds, VARIANTS)
     ]
-    places = places_of(args.parallel)
+    places, gpus = SimpleQueue(), gpu_places()
+    for number in range(args.parallel):
+        places.put(gpus[number % len(gpus)])
     with ThreadPoolExecutor(args.parallel) as pool:
         list(pool.map(lambda run: run.finish(args, places), runs))
     text = table(runs, args.tasks)

@@ -1,20 +1,18 @@
 #!/usr/bin/env python3
 """Pretrain dense, by SLoPe, with lazy adapters, and dense pruned half-way; fine-tune each; draw picture and table.
 
-bash scripts/reproduce.sh                           the whole comparison, on this machine's GPU, one run at a time
+bash scripts/reproduce.sh                           the whole comparison, on this machine's GPUs, a run on each
 bash scripts/reproduce.sh --report                  table and picture of what is there, also while it runs
 
 What was stopped or killed goes on by the same command, what is finished is not run again. OUTPUT_DIR/report.md and
 OUTPUT_DIR/curves.png are written from logs, results and checkpoints; --docs writes them into docs/results.md, too.
 """
 
-import ctypes
 import functools
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from datetime import date
@@ -23,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compare_finetuning import TASKS
+from compare_finetuning import TASKS, gpu_places
+from reproduction_jobs import Command, Job, Processes, StopRequestedError, shown
 from reproduction_report import measure_density, write_report
 from reproduction_runs import RECIPES, ROOT, Plan, Settings
 
@@ -59,6 +58,7 @@ def parse_arguments(argv: list[str] | None = None):
     runs.add_argument("--only", metavar="NAMES", help=f"some runs, with commas: {','.join(RECIPES)}")
     add_switch(runs, "--skip_finetuning", "pretrain alone")
     runs.add_argument("--tasks", metavar="NAMES", default=",".join(TASKS), help="to fine-tune on, with commas")
+    runs.add_argument("--parallel", default=1, type=whole(1), metavar="N", help="fine-tunings at a time on each GPU")
     add_switch(runs, "--dry_run", "print the commands, and run none")
     add_switch(runs, "--report", "run nothing: table and picture from what is there")
     runs.add_argument("--docs", nargs="?", const=str(DOCS), metavar="FILE", help="also into this document, by default "
@@ -96,80 +96,6 @@ def _chosen(text: str, known: dict, flag: str) -> list[str]:
     return [name for name in known if name in names]
 
 
-# -------------------------------------------------------------------------------------------------- one after another
-class StopRequestedError(Exception):
-    """This process was told to end, and what it ran has ended."""
-
-
-class Processes:
-    """Runs commands one after another. A signal to this process stops the running one, which saves, and then this."""
-
-    def __init__(self):
-        self.running: subprocess.Popen | None = None
-        self.received: int | None = None
-        self.with_children = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, frame) -> None:
-        self.received = number
-        if self.running is not None:
-            self._end_running()
-
-    def _end_running(self) -> None:
-        if self.with_children:
-            os.killpg(self.running.pid, signal.SIGTERM)  # it leads a group of its own, see `start`
-        else:
-            self.running.send_signal(signal.SIGTERM)
-
-    def run(self, command: list[str], with_children: bool = False) -> int:
-        """Run to the end; its exit code.
-
-        Args:
-            with_children: tell its children, too, when it is to end: for a script that does not pass a signal on. The
-                doors do without: their loaders have to outlive the step that is under way.
-
-        Raises:
-            StopRequestedError: a signal came.
-        """
-        print("+", shown(command), flush=True)
-        self.with_children = with_children
-        if self.received is None:
-            self.running = start(command)
-            if self.received is not None:  # it came while the command was being started
-                self._end_running()
-            code = self.running.wait()
-            self.running = None
-        if self.received is not None:
-            raise StopRequestedError
-        return code
-
-
-def start(command: list[str]) -> subprocess.Popen:
-    """A process that ends with this one, and that a terminal's Ctrl-C does not reach."""
-    environment = os.environ | {"PYTHON": sys.executable}  # for the scripts of the data
-    kill_me_too = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-    def before() -> None:
-        if kill_me_too is not None:
-            kill_me_too(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an orphan would train on and hold its directory's lock
-
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=before)
-
-
-def shown(command: list[str]) -> str:
-    """The command as one would type it in the repository's folder."""
-    words = ["python" if word == sys.executable else word.removeprefix(f"{ROOT}/") for word in command]
-    return shlex.join(words)
-
-
-def must_end_well(code: int, what: str) -> None:
-    if code == 2:  # it has said what is wrong, in one line
-        sys.exit(2)
-    if code != 0:
-        raise UsageError(f"{what}: ended with exit code {code}; when its reason is gone, the same command goes on")
-
-
 # ----------------------------------------------------------------------------------------------------------- the stages
 def make_plan(args, sequences: int, sequence_length: int = 128) -> Plan:
     """The commands for a corpus of so many sequences, in all passes over it together."""
@@ -186,12 +112,28 @@ def plan_for_data(args) -> Plan:
     return make_plan(args, shards.total, shards.sequence_length)
 
 
-def make_data(args, processes: Processes) -> None:
-    for command in make_plan(args, 0).data_commands(args.task_names):
-        must_end_well(processes.run(command, with_children=True), "the data")
+def must_end_well(command: Command, code: int, what: str) -> None:
+    if code == 2 and command.log is None:  # it has said what is wrong, in one line
+        sys.exit(2)
+    if code != 0:
+        where = "" if command.log is None else f" (see {command.log})"
+        raise UsageError(
+            f"{what}: ended with exit code {code}{where}; when its reason is gone, the same command goes on"
+        )
 
 
-def pretrain(plan: Plan, name: str, processes: Processes) -> None:
+def make_data(args) -> Job:
+    for words in make_plan(args, 0).data_commands(args.task_names):
+        command = Command(words, with_children=True)
+        must_end_well(command, (yield command), "the data")
+
+
+def training_command(words: list[str], log: Path | None) -> Command:
+    """Without a bar where nobody watches it."""
+    return Command(words if log is None else [*words, "--disable_progress_bar"], log)
+
+
+def pretrain(plan: Plan, name: str, log: Path | None) -> Job:
     """One run to its end, from where it is or from the run that it branches off."""
     recipe, last = RECIPES[name], plan.last_checkpoint(name)
     if not last.exists():
@@ -203,23 +145,24 @@ def pretrain(plan: Plan, name: str, processes: Processes) -> None:
                 )
             print(f"{name}: runs from its first step, since {recipe.source} has no checkpoint of step {step}")
         record_machine(plan.directory(name))
-        code = None
+        command = training_command(plan.pretraining_command(name), log)
         try:
-            code = processes.run(plan.pretraining_command(name))
+            code = yield command
         finally:
             plan.keep_branches(name)
-        must_end_well(code, name)
+        must_end_well(command, code, name)
         if not last.exists():
             raise UsageError(f"{name}: stopped before its end; the same command goes on")
     measure_density(plan.output_dir, name, last)
 
 
-def finetune(plan: Plan, name: str, task: str, processes: Processes) -> None:
+def finetune(plan: Plan, name: str, task: str, log: Path | None) -> Job:
     """One task, all its seeds. Its checkpoints, 12 bytes a parameter for each seed, go once there are scores."""
     directory = plan.finetuning_directory(name, task)
     if not (directory / "eval_results.json").exists():
         record_machine(plan.directory(name))
-        must_end_well(processes.run(plan.finetuning_command(name, task)), f"{name}, {task}")
+        command = training_command(plan.finetuning_command(name, task), log)
+        must_end_well(command, (yield command), f"{name}, {task}")
         if not (directory / "eval_results.json").exists():
             raise UsageError(f"{name}, {task}: stopped before its end; the same command goes on")
     for checkpoints in directory.rglob("finetune_ckpts"):
@@ -266,16 +209,29 @@ def dry_run(args) -> None:
 
 
 def reproduce(args) -> None:
-    processes = Processes()
+    processes, gpus = Processes(), gpu_places()
     if not args.skip_data:
-        make_data(args, processes)
+        processes.run({"the data": make_data(args)})
     plan = plan_for_data(args)
     plan.settings.save(args.output_dir)
-    for name in args.names:
-        pretrain(plan, name, processes)
+
+    def pretrain_and_report(name: str) -> Job:
+        yield from pretrain(plan, name, log_beside(plan.directory(name), gpus))
         report(args)  # after each run, for who looks in
-    for name, task in product(args.names, args.task_names):
-        finetune(plan, name, task, processes)
+
+    sources = {name: RECIPES[name].source for name in args.names}
+    processes.run({name: pretrain_and_report(name) for name in args.names}, gpus, after=sources)
+    places = gpus * args.parallel
+    finetunings = {
+        f"{name}, {task}": finetune(plan, name, task, log_beside(plan.finetuning_directory(name, task), places))
+        for name, task in product(args.names, args.task_names)
+    }
+    processes.run(finetunings, places)
+
+
+def log_beside(directory: Path, places: list) -> Path | None:
+    """For the output of a run that others run beside."""
+    return directory / "run.log" if len(places) > 1 else None
 
 
 def report(args, docs: Path | None = None) -> str:

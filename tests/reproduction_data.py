@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pretraining_runs
@@ -35,10 +35,21 @@ def make_data(folder: Path) -> Path:
 class Forked:
     """Stands for `subprocess.Popen` of one of the doors; `prepare` are importable functions that it calls first."""
 
-    def __init__(self, command: Sequence[str], prepare: Sequence[Callable[[], None]] = (), log: Path | None = None):
+    def __init__(
+        self,
+        command: Sequence[str],
+        place: Mapping[str, str],
+        log: Path | None = None,
+        prepare: Sequence[Callable[[], None]] = (),
+    ):
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
         arguments = (Path(command[1]).stem, list(command[2:]), list(prepare), log)
         self.process = pretraining_runs._context().Process(target=_run, args=arguments)
         self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
 
     def wait(self) -> int:
         self.process.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -9,15 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from finetuning_runs import sentences, write, write_questions, write_sst2, write_stsb
 from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_step
-from reproduction_calls import call, flags, report_rows, reproduce, settings
+from reproduction_calls import call, flags, report_rows, reproduce, reproduction_jobs, settings
 from reproduction_data import HIDDEN, Forked, make_data
+from reproduction_jobs import Command, Processes
 from reproduction_report import MARKERS  # scripts, found through reproduction_calls
 from reproduction_runs import PREFIX, RECIPES, Plan
 
@@ -67,7 +68,8 @@ def whole(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
     docs = write(output.parent / "docs.md", BEFORE + "\nold\n".join(MARKERS) + "\n\nbelow\n")
     words = flags(data, output, "--docs", str(docs))
-    assert call(words, partial(Forked, log=output.parent / "log")) == 0, (output.parent / "log").read_text()
+    log = output.parent / "log"
+    assert call(words, lambda command, place, _: Forked(command, place, log)) == 0, log.read_text()
     return output
 
 
@@ -137,7 +139,7 @@ def test_the_report_stands_in_the_document_too(whole):
 
 
 def test_again_nothing_runs(whole, data, tmp_path):
-    def start(command):
+    def start(command, *_):
         raise AssertionError(command)
 
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.csv")}
@@ -172,14 +174,14 @@ class Spy:
     def __init__(self, number: int = -1, step: int = 0):
         self.commands, self.number, self.step = [], number, step
 
-    def __call__(self, command: list[str]) -> Forked:
+    def __call__(self, command: list[str], *how) -> Forked:
         self.commands.append(command)
-        return Forked(command, [kill_after(self.step)] if len(self.commands) - 1 == self.number else [])
+        return Forked(command, *how, [kill_after(self.step)] if len(self.commands) - 1 == self.number else [])
 
 
 def test_a_branch_that_has_not_taken_a_step_shows_what_it_shares(data, tmp_path, capsys):
     assert call(flags(data, tmp_path, "--only", "slope", "--skip_finetuning")) == 0
-    assert call(flags(data, tmp_path, "--only", "lazy_10", "--skip_finetuning"), lambda command: Ended(1)) == 2
+    assert call(flags(data, tmp_path, "--only", "lazy_10", "--skip_finetuning"), lambda *_: Ended(1)) == 2
     assert "lazy_10: ended with exit code 1" in capsys.readouterr().err
     assert report_rows(tmp_path, capsys)["steps"] == [str(STEPS), f"36 of {STEPS}"]
 
@@ -200,7 +202,7 @@ def test_a_branch_outlives_its_sources_stops(whole, data, tmp_path):
     """A stop adds a checkpoint, which would push out the one where others branch off."""
     words = flags(data, tmp_path, "--only", "slope", "--skip_finetuning")
     for step in (38, 39):
-        call(words, lambda command, step=step: Forked(command, [kill_after(step, signal.SIGTERM)]))
+        call(words, lambda *command, step=step: Forked(*command, [kill_after(step, signal.SIGTERM)]))
     assert call(words) == 0
     assert not (tmp_path / "slope/pretrain_ckpts/ckpt_36.pt").exists()
     assert call(flags(data, tmp_path, "--only", "lazy_1", "--skip_finetuning"), spy := Spy()) == 0
@@ -212,7 +214,7 @@ def test_killed_or_stopped_itself(whole, data, tmp_path):
     """Real processes: killed, what it ran dies with it; told to stop, that saves first; then it goes on."""
     words = ["bash", "scripts/reproduce.sh", *flags(data, tmp_path, "--only", "dense", "--skip_finetuning")]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    begin = partial(subprocess.Popen, words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    begin = functools.partial(subprocess.Popen, words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     with begin() as first:
         wait_for_step(tmp_path / "dense", 3, PREFIX)
         first.kill()
@@ -236,10 +238,12 @@ def test_a_stop_ends_a_scripts_children_too(tmp_path):
     words = ["bash", "-c", f"(sleep 1; touch {tmp_path}/late) & touch {tmp_path}/begun; wait; true"]
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
-import reproduce
+from reproduction_jobs import Command, Processes, StopRequestedError
+def job():
+    yield Command({words!r}, with_children=True)
 try:
-    reproduce.Processes().run({words!r}, with_children=True)
-except reproduce.StopRequestedError:
+    Processes().run({{"a script": job()}})
+except StopRequestedError:
     sys.exit(7)
 """
     with subprocess.Popen([sys.executable, "-c", code]) as process:
@@ -250,6 +254,68 @@ except reproduce.StopRequestedError:
         assert process.wait(60) == 7
     time.sleep(1.2)
     assert not (tmp_path / "late").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- several GPUs
+def test_on_two_gpus_runs_are_the_same_and_each_waits_for_its_source(whole, data, tmp_path, monkeypatch):
+    gpus, events = [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}], []
+    monkeypatch.setattr(reproduce, "gpu_places", lambda: gpus)
+
+    class Watched(Forked):
+        def __init__(self, command, place, log):
+            self.name = str(log.parent.relative_to(tmp_path))
+            events.append((self.name, "begins on", place["CUDA_VISIBLE_DEVICES"]))
+            super().__init__(command, place, log)
+
+        def poll(self):
+            code = super().poll()
+            if code is not None and (self.name, "ended") not in events:
+                events.append((self.name, "ended"))
+            return code
+
+    names = ("dense", "slope", "lazy_10", "pruned_half")
+    words = flags(data, tmp_path, "--only", ",".join(names), "--tasks", "SST-2-shaped", "--parallel", "2")
+    assert call(words, Watched) == 0
+    assert events[:2] == [("dense", "begins on", "4"), ("slope", "begins on", "7")]
+    places = {name: place for name, what, *place in events if what == "begins on" for place in place}
+    for branch, source in (("lazy_10", "slope"), ("pruned_half", "dense")):
+        assert events.index((source, "ended")) < events.index((branch, "begins on", places[branch]))
+    assert [event[1] for event in events[-8:-4]] == ["begins on"] * 4, "two fine-tunings at a time on each"
+    assert sorted(event[2] for event in events[-8:-4]) == ["4", "4", "7", "7"]
+    for name in names:
+        assert log_of(tmp_path, name) == log_of(whole, name)
+        said = (tmp_path / name / "run.log").read_text()
+        assert f"finished: step {STEPS}" in said and "step/s" not in said
+        assert (tmp_path / name / "finetune/SST-2-shaped/run.log").stat().st_size
+
+
+def test_when_one_run_fails_the_others_are_stopped(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "gpu_places", lambda: [{}, {}])
+    words = flags(data, tmp_path, "--only", "dense,slope", "--skip_finetuning")
+
+    def start(command, place, log):
+        if log.parent.name == "slope":
+            return Forked(command, place, log, [kill_after(2)])
+        return Forked(command, place, log, [functools.partial(time.sleep, 3)])
+
+    began = time.monotonic()
+    assert call(words, start) == 2
+    assert f"slope: ended with exit code -9 (see {tmp_path}/slope/run.log); when" in capsys.readouterr().err
+    assert not (tmp_path / f"dense/pretrain_ckpts/ckpt_{STEPS}.pt").exists()
+    assert time.monotonic() - began < 60
+
+
+def test_a_job_takes_the_first_place_that_is_free():
+    order = []
+
+    def job(name: str, count: int):
+        for number in range(count):
+            assert (yield Command([sys.executable, "-c", "pass"])) == 0
+            order.append((name, number))
+
+    jobs = {"a": job("a", 2), "b": job("b", 1), "c": job("c", 1), "d": job("d", 1)}
+    Processes().run(jobs, [{}], after={"b": "c", "d": "gone"})
+    assert order == [("a", 0), ("a", 1), ("c", 0), ("b", 0), ("d", 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -281,14 +347,14 @@ class Ended:
     def __init__(self, code: int):
         self.code = code
 
-    def wait(self) -> int:
+    def poll(self) -> int:
         return self.code
 
 
 def test_data_are_made_first(data, tmp_path):
     commands = []
     words = [word for word in flags(data, tmp_path, "--only", "dense") if word != "--skip_data"]
-    assert call(words, lambda command: commands.append(command) or Ended(0 if len(commands) == 1 else 2)) == 2
+    assert call(words, lambda command, *_: commands.append(command) or Ended(0 if len(commands) == 1 else 2)) == 2
     assert [Path(command[1]).name for command in commands[:1]] == ["create_datasets.sh"]
     assert commands[1][2:4] == ["-m", "data.prepare_glue"] and commands[1][-3:] == [
         "STS-B", "SST-2-shaped", "QNLI-shaped"]  # fmt: skip
@@ -296,7 +362,7 @@ def test_data_are_made_first(data, tmp_path):
 
 
 def test_the_scripts_of_the_data_run_on_this_python(tmp_path):
-    done = reproduce.start(["bash", "-c", f"echo $PYTHON > {tmp_path}/python"])
+    done = reproduction_jobs.start(["bash", "-c", f"echo $PYTHON > {tmp_path}/python"], {}, None)
     assert done.wait() == 0 and (tmp_path / "python").read_text() == f"{sys.executable}\n"
 
 

@@ -1,0 +1,146 @@
+"""The processes of scripts/reproduce.py: one after another, or several at a time, each with a GPU to itself or shared.
+
+A *job* is a generator of `Command`s: it yields one, and gets its exit code once that has ended. Between two of them it
+does what depends on the one and comes before the other.
+"""
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reproduction_runs import ROOT
+
+LOOK_AGAIN = 0.05  # seconds
+
+
+class StopRequestedError(Exception):
+    """This process was told to end, and what it ran has ended."""
+
+
+@dataclass(frozen=True)
+class Command:
+    words: Sequence[str]
+    log: Path | None = None
+    """Where its output is added to; None: this process's own streams."""
+    with_children: bool = False
+    """Its children are told, too, when it is to end: for a script that does not pass a signal on. The doors do without:
+    their loaders have to outlive the step that is under way."""
+
+
+Job = Generator[Command, int, None]
+
+
+@dataclass
+class _Running:
+    command: Command
+    process: subprocess.Popen
+    place: dict[str, str] = field(default_factory=dict)
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            if self.command.with_children:
+                os.killpg(self.process.pid, signal.SIGTERM)  # it leads a group of its own, see `start`
+            else:
+                self.process.send_signal(signal.SIGTERM)
+
+
+class Processes:
+    """Runs jobs. A signal to this process stops their commands, which save, and then this."""
+
+    def __init__(self):
+        self.running: dict[str, _Running] = {}
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame) -> None:
+        self.received = number
+        self._end_all()
+
+    def _end_all(self) -> None:
+        for running in list(self.running.values()):
+            running.end()
+
+    def run(
+        self, jobs: Mapping[str, Job], places: Sequence[dict[str, str]] = ({},), after: Mapping[str, str] | None = None
+    ) -> None:
+        """Run all jobs to their ends, in their order as far as places are free.
+
+        Args:
+            jobs: by name.
+            places: what a command's environment has besides this process's; as many commands run at a time.
+            after: the job that each one waits for; those not named here, and those whose job is not there, do not.
+
+        Raises:
+            StopRequestedError: a signal came.
+            UsageError: from a job, as soon as all commands have ended; those of other jobs were told to.
+        """
+        waiting, free, after = dict(jobs), list(places), after or {}
+        try:
+            while waiting or self.running:
+                for name in list(waiting):
+                    if free and not {after.get(name)} & {*waiting, *self.running}:
+                        self._go_on(name, waiting.pop(name), None, free)
+                self._wait_for_one()
+                for name in [name for name, running in self.running.items() if running.process.poll() is not None]:
+                    running = self.running.pop(name)
+                    free.insert(0, running.place)
+                    if self.received is None:
+                        self._go_on(name, jobs[name], running.process.poll(), free)
+                if self.received is not None and not self.running:
+                    raise StopRequestedError
+        finally:
+            self._end_all()
+            for running in self.running.values():
+                running.process.wait()
+            self.running.clear()
+            for job in jobs.values():
+                job.close()
+
+    def _go_on(self, name: str, job: Job, code: int | None, free: list[dict[str, str]]) -> None:
+        """Let a job take its next step, and start what that yields, in the first free place."""
+        if self.received is not None:
+            return
+        try:
+            command = job.send(code)
+        except StopIteration:
+            return
+        print("+", shown(command.words), *(() if command.log is None else (">>", command.log)), flush=True)
+        place = free.pop(0)
+        running = self.running[name] = _Running(command, start(command.words, place, command.log), place)
+        if self.received is not None:  # it came while the command was being started
+            running.end()
+
+    def _wait_for_one(self) -> None:
+        while self.running and all(running.process.poll() is None for running in self.running.values()):
+            time.sleep(LOOK_AGAIN)
+
+
+def start(words: Sequence[str], place: Mapping[str, str], log: Path | None) -> subprocess.Popen:
+    """A process that ends with this one, and that a terminal's Ctrl-C does not reach."""
+    environment = os.environ | {"PYTHON": sys.executable} | place  # the first for the scripts of the data
+    kill_me_too = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def before() -> None:
+        if kill_me_too is not None:
+            kill_me_too(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an orphan would train on and hold its directory's lock
+
+    how = {"cwd": ROOT, "env": environment, "start_new_session": True, "preexec_fn": before}
+    if log is None:
+        return subprocess.Popen(words, **how)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.Popen(words, **how, stdout=file, stderr=subprocess.STDOUT)
+
+
+def shown(words: Sequence[str]) -> str:
+    """The command as one would type it in the repository's folder."""
+    return shlex.join(["python" if word == sys.executable else word.removeprefix(f"{ROOT}/") for word in words])

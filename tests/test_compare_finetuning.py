@@ -1,0 +1,54 @@
+"""scripts/compare_finetuning.py: which runs there are, and where each of them runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pretraining_runs import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import compare_finetuning  # noqa: E402  (a script, found through the line above)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 0, [{}]), (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("", 0, [{}]), ("5,-1,3", 1, ["5"])],
+)
+def test_places_are_the_gpus_that_are_visible(visible, count, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert compare_finetuning.gpu_places() == [x if x == {} else {"CUDA_VISIBLE_DEVICES": x} for x in expected]
+
+
+def test_runs_are_dealt_out_to_the_gpus_and_their_scores_make_the_table(tmp_path, monkeypatch, capsys):
+    started, both = [], threading.Barrier(4, timeout=30)
+
+    def run(command, **how):
+        both.wait()  # four at a time, or this fails
+        output = Path(command[command.index("--output_dir") + 1])
+        seed = int(command[command.index("--seed") + 1])
+        started.append((how["env"]["CUDA_VISIBLE_DEVICES"], seed, "--add_lora" in command))
+        score = {"exact_match": 70 + seed, "f1": 80 + seed} if "squad" in command[1] else {"accuracy": 0.5 + seed / 10}
+        (output / "eval_results.json").write_text(json.dumps({"metrics": score}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare_finetuning.subprocess, "run", run)
+    monkeypatch.setattr(compare_finetuning, "gpu_places", lambda: [{"CUDA_VISIBLE_DEVICES": name} for name in "25"])
+    words = ["--init_checkpoint", "model", "--output_dir", str(tmp_path), "--seeds", "0,2", "--parallel", "4"]
+    monkeypatch.setattr(sys, "argv", ["compare_finetuning.py", *words, "--tasks", "SST-2-shaped", "SQuAD"])
+    compare_finetuning.main()
+    assert sorted(place for place, *_ in started) == ["2"] * 6 + ["5"] * 6
+    assert sum(adapters for *_, adapters in started) == 4
+    text = (tmp_path / "table.md").read_text()
+    assert "| dense | 60.00 ± 14.14 | 71.00 ± 1.41 | 81.00 ± 1.41 |" in text
+    assert text.strip() in capsys.readouterr().out
+    compare_finetuning.main()
+    assert len(started) == 12, "finished runs are not run again"
