@@ -25,6 +25,10 @@ SIZES = {
     "max_position_embeddings": LENGTH,
     "initializer_range": 0.05,
 }
+# Two blocks of BERT-Large and 16,384 tokens: only from some million numbers on does the compiler sum the gradients of
+# LayerNorm's weights up in the kernel that computes its input's.
+LARGE = SIZES | {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 2}
+LARGE_BATCH = 128
 DENSE, SLOPE = SparsityConfig(), SparsityConfig(pruned_matrix="static-weight")
 PLAIN = {"no_compile": True, "no_cuda_graphs": True, "unpad": "False"}
 FAST = {"no_compile": False, "no_cuda_graphs": False, "unpad": "auto"}
@@ -37,7 +41,9 @@ def kernels():
         pytest.skip(reason)
 
 
-def begun(sparsity: SparsityConfig, dropout: float = 0.0, **flags) -> PretrainingRun:
+def begun(
+    sparsity: SparsityConfig, dropout: float = 0.0, sizes: dict = SIZES, batch: int = BATCH, **flags
+) -> PretrainingRun:
     """A run without data and logs, ready for `give_step`."""
     run = PretrainingRun.__new__(PretrainingRun)
     run.args = SimpleNamespace(
@@ -53,11 +59,11 @@ def begun(sparsity: SparsityConfig, dropout: float = 0.0, **flags) -> Pretrainin
         checkpoint_activations=False,
         lora_rank=8,
         seed=3,
-        global_batch_size=2 * BATCH,
-        local_batch_size=BATCH,
+        global_batch_size=2 * batch,
+        local_batch_size=batch,
     )
     vars(run.args).update(PLAIN | flags)
-    run.config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    run.config = BertConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     run.world, run.sparsity, run.samples = World(0, 1, 0, torch.device("cuda", 0)), sparsity, 0
     model = build_model(lambda: BertForPreTraining(run.config), sparsity, None, seed=3, mask_init="magnitude")
     run.build_engine(model, LENGTH)
@@ -67,10 +73,10 @@ def begun(sparsity: SparsityConfig, dropout: float = 0.0, **flags) -> Pretrainin
 
 def step_of(run: PretrainingRun, seed: int = 0) -> tuple[dict[str, torch.Tensor], Counts]:
     """A step of two micro-steps whose sequences have random lengths, padded or packed as the run wants it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, sequences = torch.Generator().manual_seed(seed), run.args.local_batch_size
 
     def below(limit: int, *shape: int, least: int = 0) -> torch.Tensor:
-        return torch.randint(least, limit, (2, BATCH, *shape), generator=generator)
+        return torch.randint(least, limit, (2, sequences, *shape), generator=generator)
 
     lengths = below(LENGTH + 1, least=40)
     attended = (torch.arange(LENGTH) < lengths[..., None]).long()
@@ -83,7 +89,7 @@ def step_of(run: PretrainingRun, seed: int = 0) -> tuple[dict[str, torch.Tensor]
         "masked_labels": torch.where(predicted, below(1000, PREDICTED), -1),
         "next_sentence_labels": below(2),
     }
-    counts = Counts(float(predicted.sum()), 2.0 * BATCH, float(lengths.sum()))
+    counts = Counts(float(predicted.sum()), 2.0 * sequences, float(lengths.sum()))
     if run.pack_multiple is not None:
         packed = pack_step({name: tensor.numpy() for name, tensor in batch.items()}, run.pack_multiple)
         batch = {name: torch.from_numpy(array) for name, array in packed.items()}
@@ -139,6 +145,25 @@ def test_in_fp32_losses_and_gradients_are_those_of_the_plain_path(sparsity, what
         losses, found = gradients_of(fast, seed)
         assert losses == pytest.approx(expected_losses, rel=1e-5)
         assert_same_gradients(found, expected, bound=1e-3, floor=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "sparsity", "bounds"),
+    [
+        ("bf16", DENSE, {"bound": 0.03}),
+        ("bf16", SLOPE, {"bound": 0.03}),
+        ("fp32", DENSE, {"bound": 1e-3, "floor": 1e-5}),
+    ],
+    ids=["dense", "slope", "dense in fp32"],
+)
+def test_at_the_size_of_bert_large_gradients_are_those_of_the_plain_path(precision, sparsity, bounds):
+    large = {"sizes": LARGE, "batch": LARGE_BATCH, "precision": precision}
+    plain, fast = begun(sparsity, **large), begun(sparsity, **large, **FAST)
+    for seed in (0, 1):
+        expected_losses, expected = gradients_of(plain, seed)
+        losses, found = gradients_of(fast, seed)
+        assert losses == pytest.approx(expected_losses, rel=5e-3 if precision == "bf16" else 1e-5)
+        assert_same_gradients(found, expected, **bounds)
 
 
 def test_training_goes_as_on_the_plain_path_through_the_adapters_switch():
