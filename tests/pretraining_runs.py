@@ -160,10 +160,10 @@ def begin_ranks(flags: Sequence[str], ranks: int, *prepare: Callable[[], None]) 
     return [Run(flags, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, prepare) for rank in range(ranks)]
 
 
-def run(flags: Sequence[str], *prepare: Callable[[], None], ranks: int = 1) -> Finished:
+def run(flags: Sequence[str], *prepare: Callable[[], None], ranks: int = 1, timeout: float = TIMEOUT) -> Finished:
     """Run to the end, which must be a good one; what rank 0 said."""
-    ended = [process.finish() for process in begin_ranks(flags, ranks, *prepare)] if ranks > 1 else None
-    ended = ended or [begin_run(flags, *prepare).finish()]
+    runs = begin_ranks(flags, ranks, *prepare) if ranks > 1 else [begin_run(flags, *prepare)]
+    ended = [process.finish(timeout) for process in runs]
     assert [end.code for end in ended] == [0] * ranks, ended
     return ended[0]
 
