@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The tests that need a CUDA device (tests/test_gpu*.py), on this machine's Python (PYTHON, default python3), which must
 # have a CUDA build of torch 2.11 or later beside h5py, pytest, tqdm, tensorboard and transformers. Installs nothing; the
-# kernels are compiled at first use. With pytest-xdist, `-n 10 --dist worksteal` is several times as fast; the two tests
-# that hold a time against a bound (-k "host_time or speed_of_memory") want to run alone.
+# kernels are compiled at first use. With pytest-xdist, `-n 14 --dist load --maxschedchunk 1` is several times as fast, and
+# deals the processes out to all GPUs; the tests that hold a time against a bound (-k "host_time or speed_of_memory") want
+# to run alone.
 # Usage: bash scripts/test_gpu.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
