@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The tests that need a CUDA device (tests/test_gpu*.py), on this machine's Python (PYTHON, default python3), which must
-# have a CUDA build of torch 2.11 or later beside h5py, pytest, tqdm, tensorboard and transformers. Installs nothing; the
-# kernels are compiled at first use. With pytest-xdist, `-n 14 --dist load --maxschedchunk 1` is several times as fast, and
-# deals the processes out to all GPUs; the tests that hold a time against a bound (-k "host_time or speed_of_memory") want
-# to run alone.
+# have a CUDA build of torch 2.11 or later beside h5py, pytest, tqdm, tensorboard and transformers. Installs nothing;
+# the kernels are compiled at first use. With pytest-xdist, `-n 14 --dist load --maxschedchunk 1` is several times as
+# fast, and deals its processes out to all GPUs; the tests that hold a time against a bound
+# (-k "host_time or speed_of_memory") want to run alone.
 # Usage: bash scripts/test_gpu.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "test_gpu.sh: error: $python sees no CUDA device" >&2
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+    echo "test_gpu.sh: error: $python has no torch that sees a CUDA device; set PYTHON to one that has" >&2
     exit 2
 fi
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2} # in each of several test processes
