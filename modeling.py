@@ -13,7 +13,6 @@ The encoder takes sequences in two forms: padded to one length, [B, S, H] with a
 `Packing` that says where each begins; a T in a name there stands for either form's leading dimensions.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import dense_parts
 from kernels.dense_parts import dropout_add_layer_norm
 from training.errors import UsageError
+from training.flags import read_json
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -110,23 +110,10 @@ class BertConfig:
     @classmethod
     def from_json_file(cls, path: str | Path) -> "BertConfig":
         """Raise UsageError, starting with `path`, where it is no JSON object or from_dict refuses it."""
-        return cls.from_dict(read_json_object(path), source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def read_json_object(path: str | Path) -> dict:
-    """Raise UsageError that names `path` where it cannot be read or holds anything but a JSON object."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); it must be a JSON file") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: holds a JSON {type(values).__name__}; it must be an object of keys and values")
-    return values
 
 
 def _check_value(name: str, value, kind) -> None:

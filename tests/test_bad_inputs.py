@@ -195,7 +195,7 @@ def test_a_model_configuration_that_lacks_a_size_or_is_none(files, tmp_path):
         model.write_text(json.dumps({name: value for name, value in MODEL.items() if name != key}))
         refused(flags, output, str(model), key)
     model.write_text("{")
-    refused(flags, output, str(model), "not a JSON file")
+    refused(flags, output, str(model), "is not JSON")
 
 
 def test_a_dimension_that_m_does_not_divide(files, tmp_path):

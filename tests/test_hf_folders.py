@@ -256,7 +256,7 @@ class Arbitrary:
 LAST_BIAS = "bert.encoder.layer.1.output.dense.bias"
 DAMAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), r"no config\.json there"),
-    "config no JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json: not a JSON file"),
+    "config no JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json: is not JSON"),
     "no size": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "key 'vocab_size' is missing"),
     "another model": (lambda d: rewrite_config(d, model_type="roberta"), "model_type is 'roberta'; it must be 'bert'"),
     "a decoder": (lambda d: rewrite_config(d, is_decoder=True), "is_decoder is True; it must be False"),

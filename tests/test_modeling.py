@@ -460,5 +460,5 @@ def test_a_config_file_that_is_missing_broken_or_short_is_one_line(content, tmp_
     path = tmp_path / "model.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UsageError, match=r"model\.json: .*(cannot be read|not a JSON file|holds a JSON list|missing)"):
+    with pytest.raises(UsageError, match=r"model\.json: .*(cannot be read|is not JSON|one JSON object|missing)"):
         BertConfig.from_json_file(path)

@@ -33,8 +33,9 @@ import json, os, sys, time
 with open({calls!r}, "a") as file:
     file.write(json.dumps(sys.argv[1:]) + chr(10))
 if any(word in {hanging!r} for word in sys.argv):
-    with open({calls!r} + ".pid", "w") as file:
+    with open({calls!r} + ".new", "w") as file:
         print(os.getpid(), file=file)
+    os.rename({calls!r} + ".new", {calls!r} + ".pid")  # never there without its content
     time.sleep(60)
 if any(word in {failing!r} for word in sys.argv):
     while {hanging!r} and not os.path.exists({calls!r} + ".pid"):

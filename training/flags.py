@@ -136,16 +136,21 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, file_fl
     return args
 
 
-def read_json(path: str, flag: str) -> dict:
-    """The object in a JSON file, or one line that names `flag` and the file."""
+def read_json(path: str | Path, flag: str | None = None) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UsageError: it cannot be read, or holds anything else; the line begins with `flag`, if there is one, and `path`.
+    """
+    named = f"{path}" if flag is None else f"{flag} {path}"
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"{named}: cannot be read ({error.strerror}); it must be a JSON file") from error
     except ValueError as error:
-        raise UsageError(f"{flag} {path}: is not JSON ({error})") from error
+        raise UsageError(f"{named}: is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{flag} {path}: must hold one JSON object")
+        raise UsageError(f"{named}: must hold one JSON object, of keys and values")
     return content
 
 

@@ -22,9 +22,9 @@ from modeling import (
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
-    read_json_object,
 )
 from training.errors import UsageError
+from training.flags import read_json
 
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -78,7 +78,7 @@ def load_hf_folder(path: str | Path) -> tuple[BertConfig, dict[str, Tensor]]:
     config_path = folder / CONFIG_NAME
     if not config_path.is_file():
         raise UsageError(f"{folder}: no {CONFIG_NAME} there; it must be a Hugging Face BERT folder")
-    values = read_json_object(config_path)
+    values = read_json(config_path)
     for key, required in REQUIRED_VALUES.items():
         if values.get(key, required) != required:
             raise UsageError(f"{config_path}: {key} is {values[key]!r}; it must be {required!r} for this BERT")
@@ -226,7 +226,7 @@ def _tokenizer_keys(folder: Path) -> dict:
     Such a file says by itself whether it splits words by BPE or by WordPiece, and whether it lower-cases.
     """
     path = folder / TOKENIZER_CONFIG_NAME
-    lowercase = read_json_object(path).get("do_lower_case", True) if path.is_file() else True
+    lowercase = read_json(path).get("do_lower_case", True) if path.is_file() else True
     kind = next((kind for kind, name in KINDS.items() if (folder / name).is_file()), None)
     if kind is None:
         return {"lowercase": bool(lowercase)}
