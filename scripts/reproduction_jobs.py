@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from reproduction_runs import ROOT
@@ -42,7 +42,7 @@ Job = Generator[Command, int, None]
 class _Running:
     command: Command
     process: subprocess.Popen
-    place: dict[str, str] = field(default_factory=dict)
+    place: dict[str, str]
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended

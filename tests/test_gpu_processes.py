@@ -33,7 +33,7 @@ def losses_of(files, tmp_path_factory):
         key = (ranks, *flags.values())
         if key not in known:
             output = folder / f"{len(known)}"
-            settings = {"model_config_file": model, "precision": "bf16", "sparse_backend": "cutlass"} | flags
+            settings = {"model_config_file": model, "precision": "bf16"} | flags
             run(files.flags(output, **settings), see_all, ranks=ranks, timeout=COMPILING)
             assert [int(row["step"]) for row in metrics(output)] == list(range(1, 21))
             known[key] = values(output)
