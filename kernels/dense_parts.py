@@ -27,12 +27,21 @@ def _normal_distribution(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(x >= 0, 1 - tail, tail), bell / math.sqrt(2 * math.pi)
 
 
+def _output(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, for what a Function's forward returns.
+
+    Not by `.to` alone: in torch 2.11, where that has nothing to convert, a compiled Function's gradients come out as
+    zeros.
+    """
+    return exact if exact.dtype == dtype else exact.to(dtype)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         exact = x.float()
-        return (exact * _normal_distribution(exact)[0]).to(x.dtype)
+        return _output(exact * _normal_distribution(exact)[0], x.dtype)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -97,7 +106,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         inverse_deviation = torch.rsqrt((exact - mean).square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(total, mean, inverse_deviation, weight, seed)
         ctx.probability, ctx.residual_dtype = probability, residual.dtype
-        return ((exact - mean) * inverse_deviation * weight + bias).to(y.dtype)
+        return _output((exact - mean) * inverse_deviation * weight + bias, y.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):

@@ -86,6 +86,30 @@ def test_dropout_keeps_the_share_that_it_should_independently_of_neighbours_and_
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
+PARTS = {
+    "gelu": lambda y, residual, weight, bias: gelu(y),
+    "end of half a block": lambda *inputs: dropout_add_layer_norm(*inputs, 0.25, 1e-12),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_compiled_part_gives_the_gradients_that_it_gives_as_it_is(name, dtype):
+    """In fp32, where no operation converts anything, torch 2.11 once gave zeros."""
+    generator = torch.Generator().manual_seed(0)
+    y, residual, grad = (torch.randn(3, 10, 32, generator=generator).to(dtype) for _ in range(3))
+    inputs = (y, residual, 1 + torch.rand(32, generator=generator), torch.rand(32, generator=generator))
+
+    def gradients(part) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        out = part(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, grad, allow_unused=True)]
+
+    found = gradients(torch.compile(PARTS[name], backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(found, gradients(PARTS[name]))
+
+
 def batch_of(lengths: list[int]) -> SimpleNamespace:
     """Sequences end to end, filled up to a multiple of 16, with three tokens to predict of each."""
     generator = torch.Generator().manual_seed(sum(lengths))
