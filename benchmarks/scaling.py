@@ -3,6 +3,7 @@
 
     python3 benchmarks/scaling.py --output scaling.json --picture scaling.png         # 1, 2, 4, ... up to all GPUs
     torchrun --standalone --nproc_per_node 8 benchmarks/scaling.py --output 8.json    # one of these launches alone
+    python3 benchmarks/scaling.py --processes 8 --earlier 4.json --output 8.json      # after a command with 1,2,4
 
 The step is run_pretraining.py's own (`PretrainingRun.give_step`: DDP, LAMB, losses summed over all processes), with
 random sequences, as many for each process whatever their number. Its learning rate is 0: the processes stay alike, also
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +49,7 @@ from benchmarks.training_step import MODELS, MachineReport, TrainingStep, machin
 from modeling import BertConfig
 from training.distributed import World, gather_objects, process_group, sum_over_ranks, this_process
 from training.errors import UsageError
-from training.flags import Parser, real, run_door, whole
+from training.flags import Parser, read_json, real, run_door, whole
 
 CONFIG = Path(__file__).resolve().parent.parent / "config" / "bert_large_uncased_config.json"
 BYTES = {"fp32": 4, "bf16": 2}
@@ -71,6 +73,7 @@ def make_parser() -> Parser:
         metavar="N,N",
         help="launch torchrun with each number of processes (default: 1, 2, 4, ... up to the GPUs; without one 1,2)",
     )
+    parser.add_argument("--earlier", metavar="JSON", help="an --output of fewer processes, whose rows come first")
     parser.add_argument("--picture", metavar="PNG", help="draw tokens/s and efficiency, after the last launch")
     parser.add_argument("--models", type=names_among(tuple(MODELS)), default=",".join(MODELS), metavar="A,B")
     parser.add_argument(
@@ -101,7 +104,7 @@ def read_flags() -> argparse.Namespace:
             f"--sequence_length {args.sequence_length}: the model has {config.max_position_embeddings} positions"
         )
     if "WORLD_SIZE" in os.environ:
-        for flag in ("processes", "picture"):
+        for flag in ("processes", "earlier", "picture"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag}: not under torchrun, which says how many processes there are")
         return args
@@ -295,6 +298,20 @@ def launch(processes: int, args, folder: Path) -> dict:
     return json.loads(output.read_text())
 
 
+def read_earlier(args) -> dict:
+    """What an earlier command wrote, of the same step on the same kind of GPU.
+
+    Raises:
+        UsageError: the file has no such results.
+    """
+    found = read_json(args.earlier, "--earlier")
+    if found.get("benchmark") != "scaling" or not found.get("rows"):
+        raise UsageError(f"--earlier {args.earlier}: holds no rows of this benchmark")
+    if found["rows"][0]["table"] != title(args):
+        raise UsageError(f"--earlier {args.earlier}: is of {found['rows'][0]['table']}, not of {title(args)}")
+    return found
+
+
 def restored(row: dict) -> dict:
     """A row of JSON with its quantities as objects again."""
     spreads = {name: Spread(**row[name]) for name in ("step", "efficiency", "not_hidden") if row[name]}
@@ -303,11 +320,11 @@ def restored(row: dict) -> dict:
 
 
 def compare(args) -> None:
-    """Launch each number of processes in turn, and put their rows into one table, file and picture."""
+    """Launch each number of processes in turn; their rows, after earlier ones, make one table, file and picture."""
     report, rows, notes = None, [], []
+    earlier = [read_earlier(args)] if args.earlier else []
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        for processes in args.processes:
-            found = launch(processes, args, Path(folder))
+        for found in chain(earlier, (launch(processes, args, Path(folder)) for processes in args.processes)):
             if report is None:
                 report = ScalingReport("scaling", args, found["environment"] | {"command": own_command()})
                 report.table(title(args), COLUMNS)

@@ -144,7 +144,7 @@ class Plan:
         glue = [task for task in tasks if task != "SQuAD"]  # SQuAD itself is among the corpus's sources
         if glue:
             folders = ["--output", self.data_dir / "glue", "--download_dir", self.data_dir / "download"]
-            commands.append([sys.executable, "-P", "-m", "data.prepare_glue", *folders, *glue])
+            commands.append([sys.executable, "-m", "data.prepare_glue", *folders, *glue])
         return [_words(command) for command in commands]
 
     # ----------------------------------------------------------------------------------------------------- pretraining

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from machine_gpus import COUNT, see_all
-from pretraining_runs import NO_DROPOUT, metrics, run, values, write_model
+from pretraining_runs import NO_DROPOUT, checkpoint, metrics, run, values, write_model
 from product_checks import unavailable
 
 pytestmark = pytest.mark.gpu
@@ -23,23 +26,30 @@ def two_gpus():
 
 
 @pytest.fixture(scope="module")
-def losses_of(files, tmp_path_factory):
-    """Runs 20 steps, with adapters from step 15 on, and gives the loss of each."""
+def run_of(files, tmp_path_factory):
+    """Trains 20 steps, with adapters from step 15 on; gives the losses, and the weights of the checkpoints by step."""
     folder = tmp_path_factory.mktemp("processes")
     model = write_model(folder / "model.json", **SIZES, **NO_DROPOUT)
     known = {}
 
-    def losses(ranks: int, **flags) -> list[float]:
+    def finished(ranks: int, **flags) -> tuple[list[float], dict[int, torch.Tensor]]:
         key = (ranks, *flags.values())
         if key not in known:
             output = folder / f"{len(known)}"
             settings = {"model_config_file": model, "precision": "bf16"} | flags
             run(files.flags(output, **settings), see_all, ranks=ranks, timeout=COMPILING)
             assert [int(row["step"]) for row in metrics(output)] == list(range(1, 21))
-            known[key] = values(output)
+            known[key] = values(output), {step: weights(output, step) for step in (15, 20)}
         return known[key]
 
-    return losses
+    return finished
+
+
+def weights(output: Path, step: int) -> torch.Tensor:
+    """All floating-point state of the model but the adapters, as one vector."""
+    state = checkpoint(output, step)["model"]
+    parts = [state[name] for name in sorted(state) if state[name].is_floating_point() and "lora_" not in name]
+    return torch.cat([part.double().flatten() for part in parts])
 
 
 SPARSE = {"sparse_backend": "cutlass"}
@@ -51,8 +61,10 @@ DENSE = {"sparse_backend": "auto", "pruned_matrix": "none", "add_lora": None, "l
     [(DENSE, "fp32"), (SPARSE, "fp32"), (SPARSE, "bf16")],
     ids=["dense", "slope", "slope, averaged in bf16"],
 )
-def test_two_processes_learn_what_one_does(losses_of, model, communication):
-    alone = losses_of(1, **model)
-    together = losses_of(2, **model, gradient_communication=communication)
-    assert alone[-1] < 0.95 * alone[0], "nothing was learnt: there is nothing to compare"
-    assert together == pytest.approx(alone, rel=0.01)
+def test_two_processes_learn_what_one_does(run_of, model, communication):
+    """Losses and weights. On CPUs the weights are apart by 0.0004 to 0.02 of the way that they go in the last steps."""
+    losses, alone = run_of(1, **model)
+    losses_together, together = run_of(2, **model, gradient_communication=communication)
+    assert losses_together == pytest.approx(losses, rel=1e-3)
+    moved = (alone[20] - alone[15]).norm()
+    assert (together[20] - alone[20]).norm() < 0.1 * moved

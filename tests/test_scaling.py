@@ -172,6 +172,7 @@ def test_ratios_and_differences_are_taken_round_by_round():
         (("--sequence_length", "17"), "--sequence_length 17: the model has 16 positions"),
         (("--processes", "2"), "--processes: not under torchrun"),
         (("--picture", "p.png"), "--picture: not under torchrun"),
+        (("--earlier", "p.json"), "--earlier: not under torchrun"),
         (("--models", "sparse"), "--models: must be names of dense, slope with commas"),
         (("--accumulations", "0"), "--accumulations: must be a whole number of at least 1"),
     ],
@@ -242,6 +243,20 @@ def test_one_command_launches_each_number_of_processes(tmp_path):
     assert len({line.count("|") for line in table}) == 1
     for once in ("2 sparse layers 16 -> 32", "Measured in"):  # what runs them, and how long all launches took
         assert ended.stdout.count(once) == 1
+    more = tmp_path / "more.json"
+    only = ("--models", "dense", "--accumulations", "1", "--processes", "2", "--earlier", f"{file}")
+    ended = run_scaling(*flags_of(model, *only, "--output", f"{more}"))
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(more.read_text())["rows"]
+    assert rows[: len(cells)] == content["rows"]
+    assert [(row["processes"], row["model"], row["gradients"]) for row in rows[len(cells) :]] == [
+        (2, "dense", kind) for kind in ("fp32", "bf16")
+    ]
+    ended = run_scaling(*flags_of(model, *only, "--optimizer", "lamb"))
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert (
+        f"--earlier {file}: is of tiny, 2 x 16 tokens a process and micro-step, bf16, fused-lamb, not" in ended.stderr
+    )
 
 
 def check_bytes(rows: dict) -> None:
