@@ -33,13 +33,14 @@ class Lamb(Optimizer):
         m     = beta1 m + (1 - beta1) g                             without grad_averaging: + g
         v     = beta2 v + (1 - beta2) g^2
         u     = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p
-        ratio = |p| / |u|   where weight_decay != 0 and both norms are > 0, else 1
+        ratio = |p| / |u|   where weight_decay != 0, the group's trust_ratio is True and both norms are > 0, else 1
         p     = p - lr ratio u
 
     Args:
         params: tensors or groups, as for any torch optimizer.
         lr: a number or a 0-dim tensor (a captured CUDA graph reads the tensor anew at each replay).
         bias_correction: False leaves out both divisions by 1 - beta^t.
+        trust_ratio: False sets the ratio to 1 (NVIDIA's has no such choice, but for a weight_decay of 0).
         max_grad_norm: infinity turns clipping off.
         fused: True takes the fastest form for where the parameters are, and all forms give the same numbers to
             rounding: on CUDA the kernels of kernels/lamb.py, where they run (`lamb_kernels`) and all tensors are
@@ -59,6 +60,7 @@ class Lamb(Optimizer):
         weight_decay: float = 0.01,
         bias_correction: bool = True,
         grad_averaging: bool = True,
+        trust_ratio: bool = True,
         max_grad_norm: float = 1.0,
         fused: bool = True,
     ):
@@ -69,6 +71,7 @@ class Lamb(Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "grad_averaging": grad_averaging,
+            "trust_ratio": trust_ratio,
         }
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
@@ -126,6 +129,7 @@ class Lamb(Optimizer):
             scale = group["lr"]
             if weight_decay != 0:
                 update = update.add(p, alpha=weight_decay)
+            if _has_trust_ratio(group):
                 scale = group["lr"] * _trust_ratio(torch.linalg.vector_norm(p), torch.linalg.vector_norm(update))
             p.sub_(update * scale)
 
@@ -148,6 +152,7 @@ class Lamb(Optimizer):
         torch._foreach_div_(updates, denominators)
         if weight_decay != 0:
             torch._foreach_add_(updates, params, alpha=weight_decay)
+        if _has_trust_ratio(group):
             norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (params, updates)]
             torch._foreach_mul_(updates, (group["lr"] * _trust_ratio(*norms)).unbind())
         else:
@@ -184,6 +189,11 @@ def _bias_corrections(group: dict, step: int) -> tuple[float, float]:
     return 1 - beta1**step, 1 - beta2**step
 
 
+def _has_trust_ratio(group: dict) -> bool:
+    """Whether LAMB scales the updates of a group's tensors by their trust ratios."""
+    return group["trust_ratio"] and group["weight_decay"] != 0
+
+
 def _trust_ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
     """|p| / |u|, and 1 where either is 0 (so a matrix that starts at 0 can leave it). Any shape, elementwise."""
     return torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
@@ -203,8 +213,11 @@ def _group_of(name: str) -> str:
 def parameter_groups(model: nn.Module, weight_decay: float, lora_weight_decay: float) -> list[dict]:
     """The trainable parameters in up to three groups: `decay`, `no_decay` (biases, LayerNorms), `adapters`.
 
-    Each has `name`, `params`, `param_names`, `weight_decay`; an empty group is left out. A tied parameter is listed
-    once, under its first name.
+    Each has `name`, `params`, `param_names`, `weight_decay`, `trust_ratio`; an empty group is left out. A tied
+    parameter is listed once, under its first name.
+
+    Adapters have no trust ratio. Their right side starts at 0: LAMB's first step makes it as large as the learning
+    rate, so from the second on the ratio would be that rate, and the adapters would stay where they are.
     """
     weight_decays = {"decay": weight_decay, "no_decay": 0.0, "adapters": lora_weight_decay}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -217,7 +230,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, lora_weight_decay: f
 
 def _named_group(group: str, members: list[tuple[str, Tensor]], weight_decay: float) -> dict:
     names, params = [name for name, _ in members], [p for _, p in members]
-    return {"name": group, "params": params, "param_names": names, "weight_decay": weight_decay}
+    own = {"weight_decay": weight_decay, "trust_ratio": group == "decay"}
+    return {"name": group, "params": params, "param_names": names, **own}
 
 
 def _on_cuda(groups: list[dict]) -> bool:
@@ -241,7 +255,12 @@ def _fused_lamb(groups: list[dict], lr: float, max_grad_norm: float) -> Optimize
     lamb = _apex_fused_lamb() if _on_cuda(groups) else None
     if lamb is None:
         return Lamb(groups, lr, max_grad_norm=max_grad_norm)
-    return lamb(groups, lr=lr, betas=BETAS, eps=EPS, max_grad_norm=max_grad_norm)
+    return lamb(list(map(_for_apex, groups)), lr=lr, betas=BETAS, eps=EPS, max_grad_norm=max_grad_norm)
+
+
+def _for_apex(group: dict) -> dict:
+    """Apex's FusedLAMB leaves the trust ratio out where there is no decay, and nowhere else."""
+    return group if group["trust_ratio"] else group | {"weight_decay": 0.0}
 
 
 # --optimizer's choices. `lamb` is ours, `fused-lamb` is apex's where there is one. `adamw` decouples the weight decay,
@@ -276,6 +295,10 @@ def optimizer_kind(optimizer: Optimizer) -> str:
     return KINDS[type(optimizer).__name__]
 
 
+def _is_apex(optimizer: Optimizer) -> bool:
+    return type(optimizer).__name__ == "FusedLAMB"
+
+
 def clips_gradients(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step()` clips the global gradient norm itself, as LAMB does."""
     return optimizer_kind(optimizer) == "lamb"
@@ -297,7 +320,8 @@ def add_adapter_group(optimizer: Optimizer, model: nn.Module, lora_weight_decay:
     if not new:
         raise ValueError("the model has no adapters that are new to the optimizer: add them to the model first")
     lr = optimizer.param_groups[0]["lr"]
-    optimizer.add_param_group({**_named_group("adapters", new, lora_weight_decay), "lr": lr})
+    group = _named_group("adapters", new, lora_weight_decay)
+    optimizer.add_param_group((_for_apex(group) if _is_apex(optimizer) else group) | {"lr": lr})
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, Tensor, dict]]:
@@ -350,7 +374,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict) -> None:
     if not any(_group_of(name) == "adapters" for name in state):
         entries = [entry for entry in entries if _group_of(entry[0]) != "adapters"]
     _check_names_and_shapes({name: p for name, p, _ in entries}, state)
-    steps_in_group = type(optimizer).__name__ == "FusedLAMB"
+    steps_in_group = _is_apex(optimizer)
     if steps_in_group:
         _check_one_step_per_group(optimizer, state)
     for name, p, group in entries:

@@ -37,9 +37,8 @@ WARPS = 4
 SUMS_BLOCK = 1024  # partial sums that a program adds up at a time
 # A tensor's row in the table of addresses, and a class's in the table of numbers.
 P, G, M, V, CLASS, ADDRESS_COLUMNS = (tl.constexpr(i) for i in range(6))
-(LR, CORRECTION1, CORRECTION2, BETA1, GRADIENT_WEIGHT, BETA2, SQUARE_WEIGHT, EPS, WEIGHT_DECAY, NUMBER_COLUMNS) = (
-    tl.constexpr(i) for i in range(10)
-)
+LR, CORRECTION1, CORRECTION2, BETA1, GRADIENT_WEIGHT, BETA2, SQUARE_WEIGHT = (tl.constexpr(i) for i in range(7))
+EPS, WEIGHT_DECAY, TRUST_RATIO, NUMBER_COLUMNS = (tl.constexpr(i) for i in range(7, 11))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -127,7 +126,8 @@ def _trust_ratio(addresses, numbers, first_of, p_sums, u_sums, scales, BLOCK: tl
     row = _numbers(addresses, numbers, tensor)
     first, end = tl.load(first_of + tensor), tl.load(first_of + tensor + 1)
     p2, u2 = _sum(p_sums, first, end, BLOCK), _sum(u_sums, first, end, BLOCK)
-    adaptive = (tl.load(row + WEIGHT_DECAY) != 0.0) & (p2 > 0.0) & (u2 > 0.0)
+    has_ratio = (tl.load(row + TRUST_RATIO) != 0.0) & (tl.load(row + WEIGHT_DECAY) != 0.0)
+    adaptive = has_ratio & (p2 > 0.0) & (u2 > 0.0)
     tl.store(scales + tensor, tl.load(row + LR) * tl.where(adaptive, tl.sqrt(p2) / tl.sqrt(u2), 1.0))
 
 
@@ -181,7 +181,7 @@ class LambKernels:
 
         Args:
             groups: the optimizer's, with `lr` (a number or a 0-dim tensor), `betas`, `eps`, `weight_decay`,
-                `bias_correction`, `grad_averaging`.
+                `bias_correction`, `grad_averaging`, `trust_ratio`.
             members: of each group, the parameters that have a gradient; at least one in all.
             states: theirs: `step`, already moved on, `exp_avg`, `exp_avg_sq`.
 
@@ -282,6 +282,7 @@ def _row(group: dict, step: int) -> tuple[float, ...]:
         1 - beta2,
         group["eps"],
         group["weight_decay"],
+        float(group["trust_ratio"]),
     )
 
 

@@ -103,6 +103,14 @@ def check_against_definition(device: str, sizes: list, steps: int = 4, **setting
     pair.check()
 
 
+def check_without_trust_ratio(device: str, sizes: list) -> None:
+    """A group beside one that has it."""
+    pair = Pair([(sizes, {}), (sizes, {"trust_ratio": False})], device, lr=0.05, weight_decay=0.01)
+    for _ in range(3):
+        pair.step(scale=5.0)
+    pair.check()
+
+
 def check_groups_that_join_and_gradients_that_lack(device: str) -> None:
     pair = Pair([([(3, 5), 40], {"weight_decay": 0.01}), ([7], {"weight_decay": 0.0})], device, lr=0.05)
     pair.step()

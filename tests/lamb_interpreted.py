@@ -14,6 +14,7 @@ from lamb_checks import (
     check_groups_that_join_and_gradients_that_lack,
     check_not_a_number_reaches_every_weight,
     check_whatever_moves_is_found,
+    check_without_trust_ratio,
     check_zero_norms,
     definition_only,  # noqa: F401 - a fixture
     each_setting,
@@ -46,6 +47,10 @@ def kernels(monkeypatch) -> list:
 @each_setting
 def test_the_kernels_are_the_definition(settings):
     check_against_definition("cpu", SIZES, **settings)
+
+
+def test_without_trust_ratio():
+    check_without_trust_ratio("cpu", SIZES)
 
 
 def test_groups_that_join_and_gradients_that_lack():

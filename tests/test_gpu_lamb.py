@@ -16,6 +16,7 @@ from lamb_checks import (
     check_groups_that_join_and_gradients_that_lack,
     check_not_a_number_reaches_every_weight,
     check_whatever_moves_is_found,
+    check_without_trust_ratio,
     check_zero_norms,
     definition_only,  # noqa: F401 - a fixture
     each_setting,
@@ -32,6 +33,10 @@ BYTES = 44  # that a step moves a parameter: g twice, p m v twice each, and p m 
 @each_setting
 def test_the_kernels_are_the_definition(settings):
     check_against_definition("cuda", SIZES, steps=8, **settings)
+
+
+def test_without_trust_ratio():
+    check_without_trust_ratio("cuda", SIZES)
 
 
 def test_groups_that_join_and_gradients_that_lack():

@@ -84,7 +84,10 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def reference_lamb(weights, gradients_of_step, decay_of, lr, *, averaging=True, correction=True, max_norm=1.0):
-    """FusedLAMB's steps in numpy float64, written from its published kernels, one scalar rule a line."""
+    """FusedLAMB's steps in numpy float64, written from its published kernels, one scalar rule a line.
+
+    Adapters (by their names) have no trust ratio, whatever their decay: that rule is this suite's.
+    """
     weights = {name: w.astype(np.float64) for name, w in weights.items()}
     first = {name: np.zeros_like(w) for name, w in weights.items()}
     second = {name: np.zeros_like(w) for name, w in weights.items()}
@@ -99,7 +102,8 @@ def reference_lamb(weights, gradients_of_step, decay_of, lr, *, averaging=True, 
             v = second[name] / (1 - 0.999**t) if correction else second[name]
             update = m / (np.sqrt(v) + 1e-6) + decay_of[name] * w
             w_norm, u_norm = np.linalg.norm(w.ravel()), np.linalg.norm(update.ravel())
-            ratio = w_norm / u_norm if decay_of[name] != 0 and w_norm > 0 and u_norm > 0 else 1.0
+            adaptive = decay_of[name] != 0 and "lora_" not in name
+            ratio = w_norm / u_norm if adaptive and w_norm > 0 and u_norm > 0 else 1.0
             weights[name] = w - lr * ratio * update
     return weights
 
@@ -159,6 +163,23 @@ def test_lamb_agrees_with_its_definition_and_leaves_the_gradients_alone(name):
     put_gradients(plain, 19)
     for ours, expected in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lamb", "fused-lamb", "apex"])
+def test_adapters_leave_zero_as_fast_as_the_learning_rate_lets_them(name, request):
+    """Gradients of one sign: Adam's rule moves every number by the rate; a trust ratio would stop at the first step."""
+    if name == "apex":
+        request.getfixturevalue("apex")
+        request.getfixturevalue("cuda")
+    model = Toy()
+    optimizer = build("fused-lamb" if name == "apex" else name, model, lr=1e-3)
+    model.add_adapters()
+    add_adapter_group(optimizer, model, 1e-4)
+    for _ in range(20):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01)
+        optimizer.step()
+    torch.testing.assert_close(model.layer.lora_right, torch.full((2, 4), -0.02), rtol=1e-3, atol=0)
 
 
 def test_lamb_skips_parameters_without_a_gradient_and_counts_their_steps_apart():
@@ -252,6 +273,7 @@ def test_groups_go_by_name_and_list_a_tied_weight_once():
         "no_decay": 0.0,
         "adapters": 1e-4,
     }
+    assert [name for name, group in groups.items() if group["trust_ratio"]] == ["decay"]
     named = dict(Toy(adapters=True).named_parameters())
     for group in groups.values():
         assert [p.shape for p in group["params"]] == [named[name].shape for name in group["param_names"]]
