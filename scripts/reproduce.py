@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pretrain dense, by SLoPe, with lazy adapters, and dense pruned half-way; fine-tune each; draw picture and table.
 
-bash scripts/reproduce.sh                           the whole comparison, on this machine's GPUs, a run on each
+bash scripts/reproduce.sh --parallel 4              the whole comparison, on all GPUs of this machine
 bash scripts/reproduce.sh --report                  table and picture of what is there, also while it runs
 
 What was stopped or killed goes on by the same command, what is finished is not run again. OUTPUT_DIR/report.md and
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compare_finetuning import TASKS, gpu_places
-from reproduction_jobs import Command, Job, Processes, StopRequestedError, shown
+from reproduction_jobs import Command, Job, Planned, Processes, StopRequestedError, shown
 from reproduction_report import measure_density, write_report
 from reproduction_runs import RECIPES, ROOT, Plan, Settings
 
@@ -211,22 +212,29 @@ def dry_run(args) -> None:
 def reproduce(args) -> None:
     processes, gpus = Processes(), gpu_places()
     if not args.skip_data:
-        processes.run({"the data": make_data(args)})
+        processes.run({"the data": Planned(make_data(args))})
     plan = plan_for_data(args)
     plan.settings.save(args.output_dir)
+    places = gpus * args.parallel
 
     def pretrain_and_report(name: str) -> Job:
         yield from pretrain(plan, name, log_beside(plan.directory(name), gpus))
         report(args)  # after each run, for who looks in
 
-    sources = {name: RECIPES[name].source for name in args.names}
-    processes.run({name: pretrain_and_report(name) for name in args.names}, gpus, after=sources)
-    places = gpus * args.parallel
+    def can_begin(name: str, unfinished: Collection[str]) -> bool:
+        return RECIPES[name].source not in unfinished or plan.can_branch_off(name)
+
+    pretrainings = {
+        name: Planned(pretrain_and_report(name), functools.partial(can_begin, name), alone=True) for name in args.names
+    }
     finetunings = {
-        f"{name}, {task}": finetune(plan, name, task, log_beside(plan.finetuning_directory(name, task), places))
+        f"{name}, {task}": Planned(
+            finetune(plan, name, task, log_beside(plan.finetuning_directory(name, task), places)),
+            lambda unfinished, name=name: name not in unfinished,
+        )
         for name, task in product(args.names, args.task_names)
     }
-    processes.run(finetunings, places)
+    processes.run(pretrainings | finetunings, gpus, args.parallel)
 
 
 def log_beside(directory: Path, places: list) -> Path | None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +38,34 @@ class Command:
 Job = Generator[Command, int, None]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A job, and when and where its commands may run."""
+
+    job: Job
+    ready: Callable[[Collection[str]], bool] = lambda unfinished: True
+    """Whether it may begin, of the names of those that are not finished. Asked again and again, so it must be quick."""
+    alone: bool = False
+    """Takes a place for itself, with all its slots."""
+
+
+@dataclass
+class _Place:
+    environment: Mapping[str, str]
+    """What a command there has besides this process's."""
+    free: int
+    slots: int
+
+    def has_room(self, slots: int) -> bool:
+        return self.free >= slots
+
+
 @dataclass
 class _Running:
     command: Command
     process: subprocess.Popen
-    place: dict[str, str]
+    place: _Place
+    slots: int
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -69,44 +92,53 @@ class Processes:
         for running in list(self.running.values()):
             running.end()
 
-    def run(
-        self, jobs: Mapping[str, Job], places: Sequence[dict[str, str]] = ({},), after: Mapping[str, str] | None = None
-    ) -> None:
-        """Run all jobs to their ends, in their order as far as places are free.
+    def run(self, planned: Mapping[str, Planned], places: Sequence[Mapping[str, str]] = ({},), slots: int = 1) -> None:
+        """Run all jobs to their ends, in their order as far as they are ready and there is room.
 
         Args:
-            jobs: by name.
-            places: what a command's environment has besides this process's; as many commands run at a time.
-            after: the job that each one waits for; those not named here, and those whose job is not there, do not.
+            planned: by name. One that wants a place for itself holds back those after it until there is one.
+            places: what a command's environment has besides this process's.
+            slots: commands that run at a time in each place.
 
         Raises:
             StopRequestedError: a signal came.
             UsageError: from a job, as soon as all commands have ended; those of other jobs were told to.
         """
-        waiting, free, after = dict(jobs), list(places), after or {}
+        waiting, rooms = dict(planned), [_Place(place, slots, slots) for place in places]
         try:
             while waiting or self.running:
-                for name in list(waiting):
-                    if free and not {after.get(name)} & {*waiting, *self.running}:
-                        self._go_on(name, waiting.pop(name), None, free)
-                self._wait_for_one()
-                for name in [name for name, running in self.running.items() if running.process.poll() is not None]:
-                    running = self.running.pop(name)
-                    free.insert(0, running.place)
-                    if self.received is None:
-                        self._go_on(name, jobs[name], running.process.poll(), free)
+                self._begin_what_can(waiting, rooms)
+                self._go_on_where_one_ended(planned)
                 if self.received is not None and not self.running:
                     raise StopRequestedError
+                time.sleep(LOOK_AGAIN if self.running else 0)
         finally:
             self._end_all()
             for running in self.running.values():
                 running.process.wait()
             self.running.clear()
-            for job in jobs.values():
-                job.close()
+            for one in planned.values():
+                one.job.close()
 
-    def _go_on(self, name: str, job: Job, code: int | None, free: list[dict[str, str]]) -> None:
-        """Let a job take its next step, and start what that yields, in the first free place."""
+    def _begin_what_can(self, waiting: dict[str, Planned], rooms: list[_Place]) -> None:
+        for name, one in list(waiting.items()):
+            if not one.ready({*waiting, *self.running}):
+                continue
+            slots = rooms[0].slots if one.alone else 1
+            room = max((room for room in rooms if room.has_room(slots)), key=lambda room: room.free, default=None)
+            if room is not None:
+                self._go_on(name, waiting.pop(name).job, None, room, slots)
+            elif one.alone:
+                return
+
+    def _go_on_where_one_ended(self, planned: Mapping[str, Planned]) -> None:
+        for name in [name for name, running in self.running.items() if running.process.poll() is not None]:
+            ended = self.running.pop(name)
+            ended.place.free += ended.slots
+            self._go_on(name, planned[name].job, ended.process.poll(), ended.place, ended.slots)
+
+    def _go_on(self, name: str, job: Job, code: int | None, place: _Place, slots: int) -> None:
+        """Let a job take its next step, and start what that yields."""
         if self.received is not None:
             return
         try:
@@ -114,14 +146,11 @@ class Processes:
         except StopIteration:
             return
         print("+", shown(command.words), *(() if command.log is None else (">>", command.log)), flush=True)
-        place = free.pop(0)
-        running = self.running[name] = _Running(command, start(command.words, place, command.log), place)
+        process = start(command.words, place.environment, command.log)
+        place.free -= slots
+        running = self.running[name] = _Running(command, process, place, slots)
         if self.received is not None:  # it came while the command was being started
             running.end()
-
-    def _wait_for_one(self) -> None:
-        while self.running and all(running.process.poll() is None for running in self.running.values()):
-            time.sleep(LOOK_AGAIN)
 
 
 def start(words: Sequence[str], place: Mapping[str, str], log: Path | None) -> subprocess.Popen:

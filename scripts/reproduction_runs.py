@@ -212,6 +212,12 @@ class Plan:
             if recipe.source == source:
                 self._link(self.checkpoint(source, self.settings.step_of(recipe.branch)), self.kept_checkpoint(name))
 
+    def can_branch_off(self, name: str) -> bool:
+        """Whether the run that `name` branches off has come so far; it need not have ended."""
+        recipe = RECIPES[name]
+        own = self.checkpoint(recipe.source, self.settings.step_of(recipe.branch))
+        return self.kept_checkpoint(name).exists() or own.exists()
+
     def branch_off(self, name: str) -> bool:
         """Begin a run with the logs and the checkpoint of the one that it branches off; whether that could be done.
 
@@ -224,7 +230,7 @@ class Plan:
         step, directory = self.settings.step_of(RECIPES[name].branch), self.directory(name)
         directory.mkdir(parents=True, exist_ok=True)
         _copy_rows(self.directory(source) / metrics_name(), directory / metrics_name(), step)
-        shutil.copyfile(self.directory(source) / f"{PREFIX}.json", directory / f"{PREFIX}.json")
+        _copy_lines(self.directory(source) / f"{PREFIX}.json", directory / f"{PREFIX}.json")
         self._link(kept, self.checkpoint(name, step))
         return True
 
@@ -272,12 +278,19 @@ def metrics_name() -> str:
 
 
 def _copy_rows(source: Path, target: Path, last_step: int) -> None:
-    """The rows up to `last_step`, as they are written."""
+    """The rows up to `last_step`, as they are written; not the beginning of one that is being written."""
     with source.open(newline="") as file:
         header, *rows = csv.reader(file)
-    kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= last_step]
+    whole = [row for row in rows if len(row) == len(header)]
+    kept = [row for row in whole if row[0].isdigit() and int(row[0]) <= last_step]
     with atomic_path(target) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([header, *kept])
+
+
+def _copy_lines(source: Path, target: Path) -> None:
+    """All of them, but for the beginning of one that is being written."""
+    whole, _, _ = source.read_text(encoding="utf-8").rpartition("\n")
+    write_atomic(target, f"{whole}\n")
 
 
 def _words(parts: list) -> list[str]:

@@ -18,7 +18,7 @@ from finetuning_runs import sentences, write, write_questions, write_sst2, write
 from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_step
 from reproduction_calls import call, flags, report_rows, reproduce, reproduction_jobs, settings
 from reproduction_data import HIDDEN, Forked, make_data
-from reproduction_jobs import Command, Processes
+from reproduction_jobs import Command, Planned, Processes
 from reproduction_report import MARKERS  # scripts, found through reproduction_calls
 from reproduction_runs import PREFIX, RECIPES, Plan
 
@@ -238,11 +238,11 @@ def test_a_stop_ends_a_scripts_children_too(tmp_path):
     words = ["bash", "-c", f"(sleep 1; touch {tmp_path}/late) & touch {tmp_path}/begun; wait; true"]
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
-from reproduction_jobs import Command, Processes, StopRequestedError
+from reproduction_jobs import Command, Planned, Processes, StopRequestedError
 def job():
     yield Command({words!r}, with_children=True)
 try:
-    Processes().run({{"a script": job()}})
+    Processes().run({{"a script": Planned(job())}})
 except StopRequestedError:
     sys.exit(7)
 """
@@ -257,13 +257,15 @@ except StopRequestedError:
 
 
 # ------------------------------------------------------------------------------------------------------- several GPUs
-def test_on_two_gpus_runs_are_the_same_and_each_waits_for_its_source(whole, data, tmp_path, monkeypatch):
+def test_on_two_gpus_runs_are_the_same_and_each_begins_where_it_branches_off(whole, data, tmp_path, monkeypatch):
     gpus, events = [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}], []
     monkeypatch.setattr(reproduce, "gpu_places", lambda: gpus)
 
     class Watched(Forked):
         def __init__(self, command, place, log):
             self.name = str(log.parent.relative_to(tmp_path))
+            step, source = {"lazy_10": (36, "slope"), "pruned_half": (20, "dense")}.get(self.name, (0, ""))
+            assert not source or (tmp_path / source / f"branches/ckpt_{step}.pt").exists()
             events.append((self.name, "begins on", place["CUDA_VISIBLE_DEVICES"]))
             super().__init__(command, place, log)
 
@@ -277,11 +279,15 @@ def test_on_two_gpus_runs_are_the_same_and_each_waits_for_its_source(whole, data
     words = flags(data, tmp_path, "--only", ",".join(names), "--tasks", "SST-2-shaped", "--parallel", "2")
     assert call(words, Watched) == 0
     assert events[:2] == [("dense", "begins on", "4"), ("slope", "begins on", "7")]
-    places = {name: place for name, what, *place in events if what == "begins on" for place in place}
-    for branch, source in (("lazy_10", "slope"), ("pruned_half", "dense")):
-        assert events.index((source, "ended")) < events.index((branch, "begins on", places[branch]))
-    assert [event[1] for event in events[-8:-4]] == ["begins on"] * 4, "two fine-tunings at a time on each"
-    assert sorted(event[2] for event in events[-8:-4]) == ["4", "4", "7", "7"]
+    running = {"4": [], "7": []}
+    for name, what, *place in events:
+        if what == "ended":
+            next(names for names in running.values() if name in names).remove(name)
+            continue
+        beside, (_, *finetuning) = running[place[0]], name.split("/")
+        assert len(beside) < 2 and all("/" in other for other in beside) if finetuning else not beside
+        beside.append(name)
+    assert not any(running.values())
     for name in names:
         assert log_of(tmp_path, name) == log_of(whole, name)
         said = (tmp_path / name / "run.log").read_text()
@@ -305,7 +311,7 @@ def test_when_one_run_fails_the_others_are_stopped(data, tmp_path, monkeypatch, 
     assert time.monotonic() - began < 60
 
 
-def test_a_job_takes_the_first_place_that_is_free():
+def test_jobs_run_in_their_order_when_they_are_ready():
     order = []
 
     def job(name: str, count: int):
@@ -313,9 +319,41 @@ def test_a_job_takes_the_first_place_that_is_free():
             assert (yield Command([sys.executable, "-c", "pass"])) == 0
             order.append((name, number))
 
-    jobs = {"a": job("a", 2), "b": job("b", 1), "c": job("c", 1), "d": job("d", 1)}
-    Processes().run(jobs, [{}], after={"b": "c", "d": "gone"})
+    planned = {name: Planned(job(name, 2 if name == "a" else 1)) for name in "abcd"}
+    planned["b"] = Planned(planned["b"].job, lambda unfinished: "c" not in unfinished)
+    Processes().run(planned)
     assert order == [("a", 0), ("a", 1), ("c", 0), ("b", 0), ("d", 0)]
+
+
+def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
+    running, most = {"x": [], "y": []}, []
+
+    class Noted:
+        def __init__(self, words, place, log):
+            self.name, self.place, self.polls = words[0], running[place["PLACE"]], 3
+            self.place.append(self.name)
+            most.append({where: list(names) for where, names in running.items()})
+
+        def poll(self):
+            self.polls -= 1
+            if self.polls == 0:
+                self.place.remove(self.name)
+            return None if self.polls > 0 else 0
+
+    def job(name):
+        assert (yield Command([name])) == 0
+
+    names = {"a": False, "b": False, "C": True, "d": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduction_jobs, "start", Noted)
+        planned = {name: Planned(job(name), alone=alone) for name, alone in names.items()}
+        Processes().run(planned, [{"PLACE": "x"}, {"PLACE": "y"}], 2)
+    assert most == [
+        {"x": ["a"], "y": []},
+        {"x": ["a"], "y": ["b"]},
+        {"x": ["C"], "y": []},
+        {"x": ["C"], "y": ["d"]},
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
