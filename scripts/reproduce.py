@@ -65,10 +65,10 @@ def parse_arguments(argv: list[str] | None = None):
     runs.add_argument("--docs", nargs="?", const=str(DOCS), metavar="FILE", help="also into this document, by default "
                       "docs/results.md, between its two marker lines")  # fmt: skip
     training = parser.add_argument_group("training, the same for all runs")
-    training.add_argument("--epochs", default=10, type=whole(1, 30), help="passes over the text")
+    training.add_argument("--epochs", default=20, type=whole(1, 30), help="passes over the text")
     training.add_argument("--global_batch_size", default=256, type=whole(1), help="sequences of an optimizer step")
     training.add_argument("--local_batch_size", default=256, type=whole(1), help="sequences of a micro-step")
-    training.add_argument("--learning_rate", default=2e-3, type=real(0), help="peak learning rate")
+    training.add_argument("--learning_rate", default=7e-4, type=real(0), help="peak learning rate")
     training.add_argument("--warmup_proportion", default=0.1, type=real(0, 0.5), help="share of the steps it rises in")
     training.add_argument("--seed", default=42, type=whole(0, 2**32 - 2), help="of weights, order, masks, dropout")
     training.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")

@@ -339,5 +339,9 @@ def _findings(logs: dict[str, RunLog]) -> list[str]:
     for log in logs.values():
         above = log.heldout[-1][2] - dense.heldout[-1][2] if log.finished and log.heldout else 0.0
         if above > TO_EXPLAIN:
-            found.append(f"**{log.title} ends {above:.2f} nats above dense, more than {TO_EXPLAIN}: to be explained.**")
+            step = next(step for step, _, loss in dense.heldout if loss <= log.heldout[-1][2])
+            found.append(
+                f"**{log.title} ends {above:.2f} nats above dense, more than {TO_EXPLAIN}: to be explained.** It ends "
+                f"where dense was by step {step:,}, {step / dense.settings.steps:.0%} of the steps."
+            )
     return found
