@@ -158,6 +158,8 @@ class Packing(NamedTuple):
     """Place of each token within its sequence, int64 [T]."""
     longest: int
     """No sequence is longer."""
+    short: bool = False
+    """Whether kernels/short_attention.py runs it: on a GPU, if no sequence is longer than 128 tokens."""
 
 
 Attention = Packing | Tensor | None  # a mask, bool [B, 1, 1, S], goes with padded sequences; None: all of one length
@@ -166,10 +168,14 @@ Attention = Packing | Tensor | None  # a mask, bool [B, 1, 1, S], goes with padd
 def packed_attention(query_TAD: Tensor, key_TAD: Tensor, value_TAD: Tensor, packing: Packing, dropout_p: float):
     """Softmax attention of every token to those of its own sequence, [T, A, D].
 
-    On CUDA torch's flash attention for sequences of different lengths, in bf16 or fp16; elsewhere, with a mask over
-    all pairs of tokens, what it is compared with.
+    On CUDA torch's flash attention for sequences of different lengths, or this suite's for short ones, in bf16 or fp16;
+    elsewhere, with a mask over all pairs of tokens, what they are compared with.
     """
     boundaries, longest = packing.boundaries, packing.longest
+    if packing.short:
+        from kernels.short_attention import short_attention  # imports Triton, which CPU builds of torch lack
+
+        return short_attention(query_TAD, key_TAD, value_TAD, boundaries, dropout_p)
     if query_TAD.is_cuda:  # not torch.nn.attention.varlen, which has no dropout
         return torch.ops.aten._flash_attention_forward(
             *(query_TAD, key_TAD, value_TAD, boundaries, boundaries, longest, longest, dropout_p),

@@ -108,6 +108,12 @@ def parse_arguments(argv: list[str] | None = None):
         choices=("auto", "True", "False"),
         help="compute no padding: sequences lie end to end; auto: on a GPU whose flash attention can run it",
     )
+    speed.add_argument(
+        "--attention",
+        default="flash",
+        choices=("flash", "short"),
+        help="what runs it where no padding is computed: torch's flash attention, or ours for up to 128 tokens",
+    )
     sparsity = add_sparsity_flags(parser, add_lora_words=("True", "False", "lazy"))
     sparsity.add_argument(
         "--lazy_lora_fraction", default=0.01, type=real(0, 1), help="share of all steps that lazy adapters train for"

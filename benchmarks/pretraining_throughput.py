@@ -84,6 +84,9 @@ def make_parser() -> Parser:
     parser.add_argument("--accumulation", default=1, type=whole(1), help="micro-steps of a step")
     parser.add_argument("--model_config_file", default=str(CONFIG), metavar="JSON", help="the model's sizes")
     parser.add_argument("--optimizer", default="lamb", choices=("lamb", "fused-lamb"), help="of our variants")
+    parser.add_argument(
+        "--attention", default="flash", choices=("flash", "short"), help="of our variants, of up to 128 tokens"
+    )
     parser.add_argument("--rounds", type=whole(1), help=f"samples of each (default: {ROUNDS}; --quick {QUICK_ROUNDS})")
     parser.add_argument("--sample_seconds", type=real(0), help="of a sample (default: 0.5; with --input_dir 3)")
     parser.add_argument("--profile_steps", default=3, type=whole(0), help="steps that are profiled; 0: none")

@@ -30,8 +30,10 @@ SIZES = {
 LARGE = SIZES | {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 2}
 LARGE_BATCH = 128
 DENSE, SLOPE = SparsityConfig(), SparsityConfig(pruned_matrix="static-weight")
-PLAIN = {"no_compile": True, "no_cuda_graphs": True, "unpad": "False"}
+PLAIN = {"no_compile": True, "no_cuda_graphs": True, "unpad": "False", "attention": "flash"}
 FAST = {"no_compile": False, "no_cuda_graphs": False, "unpad": "auto"}
+SHORT = FAST | {"attention": "short"}
+TOGETHER = {"all": FAST, "short attention": SHORT}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,16 +123,16 @@ def assert_same_gradients(found: dict, expected: dict, bound: float, floor: floa
 
 
 @pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
-@pytest.mark.parametrize("what", ["no_compile", "no_cuda_graphs", "unpad", "all"])
+@pytest.mark.parametrize("what", ["no_compile", "no_cuda_graphs", "unpad", *TOGETHER])
 def test_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
     """One way alone, and all together; lengths, and so shapes, differ between micro-steps and between steps."""
-    plain, fast = begun(sparsity), begun(sparsity, **(FAST if what == "all" else {what: FAST[what]}))
+    plain, fast = begun(sparsity), begun(sparsity, **(TOGETHER[what] if what in TOGETHER else {what: FAST[what]}))
     for seed in (0, 1, 0):
         expected_losses, expected = gradients_of(plain, seed)
         losses, found = gradients_of(fast, seed)
         assert losses == pytest.approx(expected_losses, rel=5e-3)
         assert_same_gradients(found, expected, bound=0.03)
-    if what == "all":
+    if what in TOGETHER:
         assert len(fast.engine.graphs.captured) > 1, "all micro-steps had one shape: the test shows less than it says"
 
 
@@ -183,9 +185,10 @@ def test_training_goes_as_on_the_plain_path_through_the_adapters_switch():
     assert fast == pytest.approx(plain, rel=0.01)
 
 
-def test_dropout_is_a_function_of_the_step():
+@pytest.mark.parametrize("way", TOGETHER)
+def test_dropout_is_a_function_of_the_step(way):
     """Replays of one graph draw anew with each seed, and the same with the same one."""
-    run = begun(SLOPE, dropout=0.1, **FAST)
+    run = begun(SLOPE, dropout=0.1, **TOGETHER[way])
     first, other, again = (gradients_of(run, step=step)[0] for step in (1, 2, 1))
     assert first == again
     assert other != first

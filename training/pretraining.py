@@ -12,6 +12,7 @@ from torch import Tensor
 from data.loader import Batch, StepLoader, step_loader
 from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
+from kernels.build import KernelsUnavailable
 from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
@@ -88,6 +89,31 @@ def unpads(args, config: BertConfig, sparsity: SparsityConfig, world: World) -> 
     return not found
 
 
+def attends_shortly(args, config: BertConfig, unpadded: bool, longest: int, world: World) -> bool:
+    """Whether kernels/short_attention.py runs the attention, as `--attention` says.
+
+    Raises:
+        UsageError: when it is asked for where it cannot run.
+    """
+    if args.attention == "flash":
+        return False
+    try:
+        from kernels.short_attention import HEAD_SIZES, LONGEST
+    except KernelsUnavailable as reason:
+        raise UsageError(f"--attention short: {reason}") from reason
+    head = config.hidden_size // config.num_attention_heads
+    reasons = {
+        "a CPU": world.device.type != "cuda",
+        "padding computed (--unpad)": not unpadded,
+        f"sequences of {longest} tokens": longest > LONGEST,
+        f"attention heads of size {head}": head not in HEAD_SIZES,
+    }
+    found = [reason for reason, given in reasons.items() if given]
+    if found:
+        raise UsageError(f"--attention short: cannot run with {found[0]}; leave it out")
+    return True
+
+
 class PretrainingRun:
     """One run of one phase on this rank: `train` goes from the step after `start` to the phase's end."""
 
@@ -123,6 +149,7 @@ class PretrainingRun:
         unpadded = unpads(args, self.config, self.sparsity, self.world)
         multiple = fill_multiple(self.local_batch_size, sequence_length)
         self.pack_multiple = multiple if unpadded else None
+        self.short_attention = attends_shortly(args, self.config, unpadded, sequence_length, self.world)
         compiled = on_gpu and not args.no_compile
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
@@ -329,7 +356,7 @@ class PretrainingRun:
         if "boundaries" in part:
             boundaries = part["boundaries"].int()
             firsts = boundaries[: len(part["masked_positions"])]
-            mask = Packing(boundaries, firsts, part["positions"], self.longest)
+            mask = Packing(boundaries, firsts, part["positions"], self.longest, self.short_attention)
         else:
             mask = part["attention_mask"]
         scores, sentence_scores = model(part["input_ids"], part["token_type_ids"], mask, part["masked_positions"])

@@ -1,0 +1,90 @@
+"""What short_attention must do on any device that runs its kernels, against softmax attention in float64."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kernels.dense_parts import dropout_seed, kept_by_dropout
+from kernels.short_attention import LONGEST, short_attention
+
+LENGTHS = (LONGEST, 0, 1, 71, 64, 17, LONGEST, 0)
+
+
+@contextmanager
+def poisoned_memory():
+    """What is allocated is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def boundaries_of(lengths, device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):
+    """In float64, sequence by sequence; `kept` [T, A, LONGEST] is dropout's mask."""
+    outputs = []
+    for begin, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
+        q, k, v = (tensor[begin:end].transpose(0, 1) for tensor in (query, key, value))
+        p = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        if kept is not None:
+            p = p * kept[begin:end, :, : end - begin].transpose(0, 1) / (1 - dropout_p)
+        outputs.append((p @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def draw(device, dtype, heads: int, size: int, lengths=LENGTHS, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
+    """Query, key and value as views of one matrix, as a joint projection would give them, and a gradient."""
+    generator = torch.Generator(device).manual_seed(seed)
+    together = spread * torch.randn(sum(lengths), 4, heads, size, generator=generator, device=device)
+    *inputs, grad = together.to(dtype).unbind(1)
+    return [*inputs, grad]
+
+
+def gradients(attention, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the inputs."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with poisoned_memory():
+        out = attention(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def check(device, dtype, heads: int = 2, size: int = 64, dropout_p: float = 0.0, spread: float = 1.0) -> None:
+    """Output and gradients, to the rounding of `dtype`, with scores that are spread by `spread` squared."""
+    *inputs, grad = draw(device, dtype, heads, size, spread=spread)
+    boundaries, kept = boundaries_of(LENGTHS, device), None
+    torch.manual_seed(5)
+    found = gradients(lambda *qkv: short_attention(*qkv, boundaries, dropout_p), inputs, grad)
+    if dropout_p:
+        torch.manual_seed(5)
+        kept = kept_by_dropout(torch.Size((len(grad), heads, LONGEST)), dropout_seed(grad), dropout_p)
+    doubles = [tensor.double() for tensor in inputs]
+    right = gradients(lambda *qkv: exact(*qkv, boundaries, kept, dropout_p), doubles, grad.double())
+    for name, ours, expected in zip(("output", "query", "key", "value"), found, right, strict=True):
+        error = (ours.double() - expected).abs()
+        assert ours.dtype == dtype and ours.shape == expected.shape
+        assert error.norm() < torch.finfo(dtype).eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
+        assert error.max() < 8 * torch.finfo(dtype).eps * expected.abs().max(), name
+
+
+def check_equal_bits(device, dtype) -> None:
+    *inputs, grad = draw(device, dtype, heads=2, size=32)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        boundaries = boundaries_of(LENGTHS, device)
+        results.append(gradients(lambda *qkv: short_attention(*qkv, boundaries, 0.1), inputs, grad))  # noqa: B023
+    assert all(map(torch.equal, *results))
+
+
+def check_a_sequence_does_not_see_the_others(device, dtype) -> None:
+    *inputs, grad = draw(device, dtype, heads=2, size=32)
+    boundaries = boundaries_of(LENGTHS, device)
+    alone, end = boundaries_of(LENGTHS[:1], device), LENGTHS[0]
+    found = gradients(lambda *qkv: short_attention(*qkv, boundaries, 0.0), inputs, grad)
+    first = gradients(lambda *qkv: short_attention(*qkv, alone, 0.0), [t[:end] for t in inputs], grad[:end])
+    assert all(torch.equal(ours[:end], theirs) for ours, theirs in zip(found, first, strict=True))

@@ -1,0 +1,54 @@
+"""kernels/short_attention.py without a GPU: its checks in Triton's interpreter, and where it is refused."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from interpreter import run_interpreted
+
+import kernels
+from modeling import BertConfig
+from training.distributed import World
+from training.errors import UsageError
+from training.pretraining import attends_shortly
+
+SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
+
+
+def test_the_kernels_in_tritons_interpreter():
+    run_interpreted("short_attention_interpreted.py")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"attention": "flash", "device": "cpu"}, None),
+        ({"device": "cpu"}, "a CPU"),
+        ({"unpadded": False}, r"padding computed \(--unpad\)"),
+        ({"longest": 129}, "sequences of 129 tokens"),
+        ({"heads": 4}, "attention heads of size 24"),
+    ],
+)
+def test_short_attention_is_refused_where_it_cannot_run(change, reason):
+    case = {"attention": "short", "device": "cuda", "unpadded": True, "longest": 128, "heads": 3} | change
+    config = BertConfig(**SIZES, hidden_size=96, num_attention_heads=case["heads"])
+    args, world = SimpleNamespace(attention=case["attention"]), World(0, 1, 0, torch.device(case["device"]))
+    ask = (args, config, case["unpadded"], case["longest"], world)
+    if reason is None:
+        assert attends_shortly(*ask) == (case["attention"] == "short")
+    else:
+        with pytest.raises(UsageError, match=f"--attention short: cannot run with {reason}; leave it out"):
+            attends_shortly(*ask)
+
+
+def test_without_triton_that_is_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.short_attention", raising=False)
+    monkeypatch.delattr(kernels, "short_attention", raising=False)
+    config = BertConfig(**SIZES, hidden_size=96, num_attention_heads=3)
+    with pytest.raises(
+        UsageError, match=r"^--attention short: no Triton \(.*\): it comes with every CUDA build of torch"
+    ):
+        attends_shortly(SimpleNamespace(attention="short"), config, True, 128, World(0, 1, 0, torch.device("cuda")))
