@@ -10,22 +10,19 @@ that is finished is not run again, one that was stopped goes on. The table (Mark
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from run_processes import ROOT, Command, Job, Planned, Processes, StopRequestedError, gpu_places
+
 from training.errors import UsageError
 from training.flags import Parser, run_door, whole
 
-ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "dense": ["--pruned_matrix", "none"],
     "2:4": ["--pruned_matrix", "static-weight"],
@@ -93,32 +90,17 @@ class Run:
             *("--data_dir", f"{args.glue_dir}/{self.task}", *settings),
         ]
 
-    def finish(self, args, places: SimpleQueue) -> None:
-        """Run to the end in one of the `places`, unless it is there already; its output goes into `run.log`."""
+    def finish(self, args) -> Job:
+        """Run to the end, unless that was done; its output goes into `run.log`."""
         if self.results.exists():
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        started = time.time()
-        log = self.directory / "run.log"
-        place = places.get()
-        with log.open("a") as file:
-            out = {"stdout": file, "stderr": subprocess.STDOUT}
-            code = subprocess.run(self.command(args), **out, cwd=ROOT, env=os.environ | place).returncode
-        places.put(place)
+        started, log = time.time(), self.directory / "run.log"
+        code = yield Command(self.command(args), log)
         if code != 0 or not self.results.exists():
             last = (log.read_text().strip().splitlines() or ["nothing printed"])[-1]
             raise UsageError(f"{self.task}, {self.variant}, seed {self.seed}: did not finish ({last}); see {log}")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics().items())
         print(f"{self.task}, {self.variant}, seed {self.seed}: {shown} ({time.time() - started:.0f} s)", flush=True)
-
-
-def gpu_places() -> list[dict[str, str]]:
-    """For each of the machine's GPUs what a process adds to its environment to see that one; one place without any."""
-    from torch.cuda import device_count  # takes seconds, so not for who only asks for help
-
-    count = device_count()
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or map(str, range(count))
-    return [{"CUDA_VISIBLE_DEVICES": name} for name, _ in zip(names, range(count), strict=False)] or [{}]
 
 
 def table(runs: list[Run], tasks: list[str]) -> str:
@@ -164,11 +146,12 @@ def main() -> None:
         Run(task, variant, seed, args.output_dir / task / variant.replace(", ", "_").replace(":", "") / f"seed_{seed}")
         for task, seed, variant in itertools.product(args.tasks, seeds, VARIANTS)
     ]
-    places, gpus = SimpleQueue(), gpu_places()
-    for number in range(args.parallel):
-        places.put(gpus[number % len(gpus)])
-    with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda run: run.finish(args, places), runs))
+    gpus = gpu_places()
+    places = [gpus[number % len(gpus)] for number in range(args.parallel)]
+    try:
+        Processes().run({f"{run.directory}": Planned(run.finish(args)) for run in runs}, places)
+    except StopRequestedError:
+        sys.exit("stopped; the same command goes on")
     text = table(runs, args.tasks)
     (args.output_dir / "table.md").write_text(text)
     print(text)

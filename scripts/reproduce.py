@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compare_finetuning import TASKS, gpu_places
-from reproduction_jobs import Command, Job, Planned, Processes, StopRequestedError, shown
+from compare_finetuning import TASKS
 from reproduction_report import measure_density, write_report
 from reproduction_runs import RECIPES, ROOT, Plan, Settings
+from run_processes import Command, Job, Planned, Processes, StopRequestedError, gpu_places, shown
 
 from data.shard_files import ShardSet
 from data.stages import write_atomic

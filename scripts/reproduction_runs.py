@@ -10,6 +10,7 @@ from math import sqrt
 from pathlib import Path
 
 from compare_finetuning import TASKS
+from run_processes import ROOT
 
 from data.encode import EncodeSettings
 from data.stages import atomic_path, write_atomic
@@ -18,7 +19,6 @@ from training.errors import UsageError
 from training.flags import read_json
 from training.pretraining import CHECKPOINTS
 
-ROOT = Path(__file__).resolve().parent.parent
 PASSES = 5
 """Over the text, that the shards hold, each cut into sequences in its own way (`--dupe_factor`)."""
 TENTHS = 10

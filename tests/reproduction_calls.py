@@ -19,7 +19,7 @@ from training.flags import run_door
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import reproduce  # noqa: E402  (scripts, found through the line above)
-import reproduction_jobs  # noqa: E402
+import run_processes  # noqa: E402
 from reproduction_runs import Settings  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def call(words: list[str], start=Forked) -> int:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["reproduce.py", *words])
-        patch.setattr(reproduction_jobs, "start", start)
+        patch.setattr(run_processes, "start", start)
         try:
             run_door(reproduce.main)
         except SystemExit as end:

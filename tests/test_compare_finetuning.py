@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from pretraining_runs import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import compare_finetuning  # noqa: E402  (a script, found through the line above)
+import compare_finetuning  # noqa: E402  (scripts, found through the line above)
+import run_processes  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -25,27 +24,38 @@ def test_places_are_the_gpus_that_are_visible(visible, count, expected, monkeypa
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    assert compare_finetuning.gpu_places() == [x if x == {} else {"CUDA_VISIBLE_DEVICES": x} for x in expected]
+    assert run_processes.gpu_places() == [x if x == {} else {"CUDA_VISIBLE_DEVICES": x} for x in expected]
 
 
 def test_runs_are_dealt_out_to_the_gpus_and_their_scores_make_the_table(tmp_path, monkeypatch, capsys):
-    started, both = [], threading.Barrier(4, timeout=30)
+    started, running, most = [], set(), []
 
-    def run(command, **how):
-        both.wait()  # four at a time, or this fails
-        output = Path(command[command.index("--output_dir") + 1])
-        seed = int(command[command.index("--seed") + 1])
-        started.append((how["env"]["CUDA_VISIBLE_DEVICES"], seed, "--add_lora" in command))
-        score = {"exact_match": 70 + seed, "f1": 80 + seed} if "squad" in command[1] else {"accuracy": 0.5 + seed / 10}
-        (output / "eval_results.json").write_text(json.dumps({"metrics": score}))
-        return SimpleNamespace(returncode=0)
+    class Started:
+        def __init__(self, command, place, log):
+            self.output = Path(command[command.index("--output_dir") + 1])
+            self.seed, self.squad = int(command[command.index("--seed") + 1]), "squad" in command[1]
+            started.append((place["CUDA_VISIBLE_DEVICES"], self.seed, "--add_lora" in command))
+            self.polls = 3
+            running.add(self.output)
 
-    monkeypatch.setattr(compare_finetuning.subprocess, "run", run)
+        def poll(self):
+            most.append(len(running))
+            self.polls -= 1
+            if self.polls > 0:
+                return None
+            score = {"exact_match": 70 + self.seed, "f1": 80 + self.seed}
+            score = score if self.squad else {"accuracy": 0.5 + self.seed / 10}
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "eval_results.json").write_text(json.dumps({"metrics": score}))
+            running.discard(self.output)
+            return 0
+
+    monkeypatch.setattr(run_processes, "start", Started)
     monkeypatch.setattr(compare_finetuning, "gpu_places", lambda: [{"CUDA_VISIBLE_DEVICES": name} for name in "25"])
     words = ["--init_checkpoint", "model", "--output_dir", str(tmp_path), "--seeds", "0,2", "--parallel", "4"]
     monkeypatch.setattr(sys, "argv", ["compare_finetuning.py", *words, "--tasks", "SST-2-shaped", "SQuAD"])
     compare_finetuning.main()
-    assert sorted(place for place, *_ in started) == ["2"] * 6 + ["5"] * 6
+    assert sorted(place for place, *_ in started) == ["2"] * 6 + ["5"] * 6 and max(most) == 4
     assert sum(adapters for *_, adapters in started) == 4
     text = (tmp_path / "table.md").read_text()
     assert "| dense | 60.00 ± 14.14 | 71.00 ± 1.41 | 81.00 ± 1.41 |" in text

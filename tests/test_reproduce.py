@@ -16,11 +16,11 @@ import pytest
 import torch
 from finetuning_runs import sentences, write, write_questions, write_sst2, write_stsb
 from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_step
-from reproduction_calls import call, flags, report_rows, reproduce, reproduction_jobs, settings
+from reproduction_calls import call, flags, report_rows, reproduce, run_processes, settings
 from reproduction_data import HIDDEN, Forked, make_data
-from reproduction_jobs import Command, Planned, Processes
 from reproduction_report import MARKERS  # scripts, found through reproduction_calls
 from reproduction_runs import PREFIX, RECIPES, Plan
+from run_processes import Command, Planned, Processes
 
 import run_glue
 import run_pretraining
@@ -133,7 +133,7 @@ def test_the_report_stands_in_the_document_too(whole):
     assert all(0 <= float(cell) <= 100 for cell in rows["SQuAD dev f1"])
     last = metrics(whole / "slope", PREFIX)[-1]
     assert rows["held-out MLM loss, last"][1] == f"{float(last['heldout_mlm_loss']):.3f}"
-    command = "bash scripts/reproduce.sh --epochs 20 --global_batch_size 6 --local_batch_size 3 --learning_rate 0.004 "
+    command = "bash scripts/reproduce.sh --global_batch_size 6 --local_batch_size 3 --learning_rate 0.004 "
     command += "--precision fp32 --finetune_seeds 3,5 --finetune_steps 2 --model_config_file FILE"
     assert f"```\n{command}\n```" in report
 
@@ -238,7 +238,7 @@ def test_a_stop_ends_a_scripts_children_too(tmp_path):
     words = ["bash", "-c", f"(sleep 1; touch {tmp_path}/late) & touch {tmp_path}/begun; wait; true"]
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
-from reproduction_jobs import Command, Planned, Processes, StopRequestedError
+from run_processes import Command, Planned, Processes, StopRequestedError
 def job():
     yield Command({words!r}, with_children=True)
 try:
@@ -345,7 +345,7 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
 
     names = {"a": False, "b": False, "C": True, "d": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduction_jobs, "start", Noted)
+        patch.setattr(run_processes, "start", Noted)
         planned = {name: Planned(job(name), alone=alone) for name, alone in names.items()}
         Processes().run(planned, [{"PLACE": "x"}, {"PLACE": "y"}], 2)
     assert most == [
@@ -398,11 +398,11 @@ def test_data_are_made_first(data, tmp_path):
         "STS-B", "SST-2-shaped", "QNLI-shaped"]  # fmt: skip
     assert len(commands) == 2 and not (tmp_path / "settings.json").exists()
     for command in commands:
-        assert reproduction_jobs.start([*command, "--help"], {}, None).wait() == 0, "there is no such script or module"
+        assert run_processes.start([*command, "--help"], {}, None).wait() == 0, "there is no such script or module"
 
 
 def test_the_scripts_of_the_data_run_on_this_python(tmp_path):
-    done = reproduction_jobs.start(["bash", "-c", f"echo $PYTHON > {tmp_path}/python"], {}, None)
+    done = run_processes.start(["bash", "-c", f"echo $PYTHON > {tmp_path}/python"], {}, None)
     assert done.wait() == 0 and (tmp_path / "python").read_text() == f"{sys.executable}\n"
 
 

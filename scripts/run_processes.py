@@ -1,4 +1,4 @@
-"""The processes of scripts/reproduce.py: one after another, or several at a time, each with a GPU to itself or shared.
+"""Runs of the doors as processes: one after another, or several at a time, each with a GPU to itself or shared.
 
 A *job* is a generator of `Command`s: it yields one, and gets its exit code once that has ended. Between two of them it
 does what depends on the one and comes before the other.
@@ -16,8 +16,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reproduction_runs import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 LOOK_AGAIN = 0.05  # seconds
 
 
@@ -173,3 +172,12 @@ def start(words: Sequence[str], place: Mapping[str, str], log: Path | None) -> s
 def shown(words: Sequence[str]) -> str:
     """The command as one would type it in the repository's folder."""
     return shlex.join(["python" if word == sys.executable else word.removeprefix(f"{ROOT}/") for word in words])
+
+
+def gpu_places() -> list[dict[str, str]]:
+    """For each of the machine's GPUs what a process adds to its environment to see that one; one place without any."""
+    from torch.cuda import device_count  # takes seconds, so not for who only asks for help
+
+    count = device_count()
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or map(str, range(count))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name, _ in zip(names, range(count), strict=False)] or [{}]
