@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import dense_parts
 from kernels.dense_parts import dropout_add_layer_norm
+from kernels.joint import joint_product
 from training.errors import UsageError
 from training.flags import read_json
 
@@ -168,14 +169,10 @@ Attention = Packing | Tensor | None  # a mask, bool [B, 1, 1, S], goes with padd
 def packed_attention(query_TAD: Tensor, key_TAD: Tensor, value_TAD: Tensor, packing: Packing, dropout_p: float):
     """Softmax attention of every token to those of its own sequence, [T, A, D].
 
-    On CUDA torch's flash attention for sequences of different lengths, or this suite's for short ones, in bf16 or fp16;
-    elsewhere, with a mask over all pairs of tokens, what they are compared with.
+    On CUDA torch's flash attention for sequences of different lengths, in bf16 or fp16; elsewhere, with a mask over
+    all pairs of tokens, what it is compared with.
     """
     boundaries, longest = packing.boundaries, packing.longest
-    if packing.short:
-        from kernels.short_attention import short_attention  # imports Triton, which CPU builds of torch lack
-
-        return short_attention(query_TAD, key_TAD, value_TAD, boundaries, dropout_p)
     if query_TAD.is_cuda:  # not torch.nn.attention.varlen, which has no dropout
         return torch.ops.aten._flash_attention_forward(
             *(query_TAD, key_TAD, value_TAD, boundaries, boundaries, longest, longest, dropout_p),
@@ -221,12 +218,19 @@ class BertSelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
 
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Query, key and value, which read the same input."""
+        return self.query, self.key, self.value
+
     def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
-        heads_TAD = [
-            projection(hidden_TH).unflatten(-1, (self.num_heads, -1))
-            for projection in (self.query, self.key, self.value)
-        ]
         dropout_p = self.dropout_prob if self.training else 0.0
+        if isinstance(attention, Packing) and attention.short:
+            from kernels.short_attention import short_attention  # imports Triton, which CPU builds of torch lack
+
+            joint_TH, bias = joint_product(hidden_TH, self.projections())
+            qkv_TPAD = joint_TH.unflatten(-1, (3, self.num_heads, -1))
+            return short_attention(qkv_TPAD, bias, attention.boundaries, dropout_p).flatten(1)
+        heads_TAD = [projection(hidden_TH).unflatten(-1, (self.num_heads, -1)) for projection in self.projections()]
         if isinstance(attention, Packing):
             return packed_attention(*heads_TAD, attention, dropout_p).flatten(1)
         query_BASD, key_BASD, value_BASD = (heads_BSAD.transpose(1, 2) for heads_BSAD in heads_TAD)

@@ -16,6 +16,7 @@ products read), in the products' dtype for inference.
 
 import gc
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +51,13 @@ USES = ("training", "inference")
 
 # ------------------------------------------------------------------------------------------------------------- counting
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct tensors; one that has two names counts once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    """Bytes of distinct tensors; one that has two names, or lies within another, counts once."""
+    sizes, limits = defaultdict(int), {}
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] += tensor.numel() * tensor.element_size()
+        limits[storage.data_ptr()] = storage.nbytes()
+    return sum(min(size, limits[place]) for place, size in sizes.items())
 
 
 @dataclass

@@ -43,6 +43,7 @@ class CutlassOperands(nn.Module):
         ):
             empty = None if shape is None else torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, empty, persistent=False)
+        self.joint: nn.Module | None = None  # kernels.joint.JointOperands, whose slices these then are
         self.reset(layer)
 
     @property
@@ -51,6 +52,8 @@ class CutlassOperands(nn.Module):
 
     def reset(self, layer: SparseLinear) -> None:
         call_operands("forward_metadata", layer.mask_bits, self.metadata, *self._sizes(layer))
+        if self.joint is not None:
+            self.joint.take_metadata(self)
 
     def refresh(self, layer: SparseLinear, rechoose: bool) -> None:
         self.refresh_all([layer], rechoose)

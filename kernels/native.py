@@ -32,7 +32,7 @@ _SIGNATURES = {
     },
 }
 # Arguments as the C structs of this name hold them: one packed argument costs a quarter of sixteen.
-_CALL = struct.Struct("7P4qP4i")  # sparse_gemm.cuh
+_CALL = struct.Struct("7P5qP4i")  # sparse_gemm.cuh
 _ADAPTER_GRADS_CALL = struct.Struct("5P2qP4i")  # adapters.cu
 _REFRESH_ENTRY = struct.Struct("6P2q2i")  # operands.cu
 _ADAPTER_OPERANDS = struct.Struct("6P4i")  # adapters.cu
@@ -102,11 +102,13 @@ def refresh_operands(layers: Sequence[tuple], dtype: torch.dtype, rechoose: bool
 
     Args:
         layers: of each one values, mask_bits, kept, metadata_backward, second or None, kept_backward, out, in, m.
-        dtype: of `kept` and `kept_backward`.
+        dtype: of `kept` and `kept_backward`; the rows of the latter may lie apart.
         rechoose: choose W^{R,C} anew.
     """
     stream = _enter(layers[0][0])
-    packed = b"".join(_REFRESH_ENTRY.pack(*map(_address, layer[:6]), *layer[6:], 0) for layer in layers)
+    packed = b"".join(
+        _REFRESH_ENTRY.pack(*map(_address, layer[:6]), *layer[6:], layer[5].stride(0)) for layer in layers
+    )
     code = _function("operands", "slope_refresh")(packed, len(layers), DTYPE_CODES[dtype], int(rechoose), stream)
     _raise_if(code, f"refresh of {len(layers)} layers, the first", layers[0][0])
 
@@ -146,6 +148,7 @@ def launch_sparse_mm(
 
     Args:
         x: [tokens, in], rows packed or apart; or [..., in], contiguous.
+        kept: [out, in/2], rows packed or apart.
         y: [..., out] of as many tokens, contiguous.
     """
     columns, out = x.shape[-1], kept.shape[0]
@@ -158,6 +161,7 @@ def launch_sparse_mm(
         _address(adapter_kept),
         y.data_ptr(),
         x.stride(0) if x.dim() == 2 else columns,
+        kept.stride(0),
         y.numel() // out,
         out,
         columns,

@@ -24,6 +24,7 @@ struct RefreshPointers {
   uint32_t* metadata;
   uint32_t* second_kept;  // null for M = 4
   uint32_t* backward;     // two entries a word
+  int backward_words;     // from one of its rows to the next
 };
 
 // One layer of slope_refresh; kernels/native.py packs the same fields in the same order.
@@ -31,12 +32,13 @@ struct RefreshEntry {
   const void *values, *mask_bits;
   void *forward, *metadata, *second_kept, *backward;
   int64_t out, in;
-  int32_t m, reserved;
+  int32_t m, backward_stride;  // of the rows of `backward`, in entries
 
   SLOPE_RULE RefreshPointers pointers() const {
     return {static_cast<const float*>(values),    static_cast<const uint16_t*>(mask_bits),
             static_cast<uint32_t*>(forward),      static_cast<uint32_t*>(metadata),
-            static_cast<uint32_t*>(second_kept),  static_cast<uint32_t*>(backward)};
+            static_cast<uint32_t*>(second_kept),  static_cast<uint32_t*>(backward),
+            backward_stride / 2};
   }
 };
 
@@ -200,7 +202,7 @@ struct RefreshThread {
     if (i < layer.in && o < layer.out) {
       FourWords four;
       for (int k = 0; k < 4; ++k) four.words[k] = shared.entries[in][4 * chunk + k];
-      *reinterpret_cast<FourWords*>(at.backward + offset(i, layer.out >> 2) + (o >> 2)) = four;
+      *reinterpret_cast<FourWords*>(at.backward + offset(i, at.backward_words) + (o >> 2)) = four;
     }
     if (kSecond != Second::kReuse && thread < kWords) {
       const int row = thread / 32 * 16 + thread % 32 / 4, quarter = thread % 4;

@@ -198,7 +198,7 @@ int slope_forward_metadata(const void* mask_bits, void* metadata, int64_t out, i
 //   forward    W^R, [out, in/2] bf16 (dtype 0) or fp16 (1), or null where it is not wanted
 //   metadata   of W^{R,C} transposed, uint32 [out/64 rounded up][in/256 rounded up * 4][128]
 //   second_kept  as large as `metadata`; only for M > 4, null for M = 4
-//   backward   W^{R,C} transposed, [in, out/2]
+//   backward   W^{R,C} transposed, [in, out/2], its rows `backward_stride` entries apart, a multiple of 8
 // With `rechoose`, W^{R,C} keeps of every column and every M outs the 2 largest magnitudes of W^R (of equals the
 // earlier), and `metadata` and `second_kept` are written; without, they say what it keeps.
 int slope_refresh(const RefreshEntry* layers, int count, int dtype, int rechoose, void* stream) {
@@ -208,6 +208,7 @@ int slope_refresh(const RefreshEntry* layers, int count, int dtype, int rechoose
     const RefreshEntry& entry = layers[i];
     if (!make_layer(entry.out, entry.in, entry.m, &layer)) return cudaErrorInvalidValue;
     if ((entry.second_kept == nullptr) != (entry.m == 4)) return cudaErrorInvalidValue;
+    if (entry.backward_stride < entry.out / 2 || entry.backward_stride % 8 != 0) return cudaErrorInvalidValue;
   }
   RefreshTable table;
   for (const Kind kind : {Kind::kShort, Kind::kLong, Kind::kVeryLong}) {

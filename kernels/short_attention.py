@@ -4,7 +4,9 @@ A program takes one head of one sequence. All its scores fit into registers, so 
 kept for the backward pass but the inputs, and that is one kernel: it computes the probabilities again, needs no output
 of the forward pass, and adds nothing up across programs, so equal inputs give equal bits.
 
-With P the softmax of Q K^T / sqrt(D) over a sequence's keys, M the mask of dropout with probability p:
+Query, key and value come and their gradients go as one matrix, as a joint projection gives it and wants it; the
+projection's bias is added here. With P the softmax of Q K^T / sqrt(D) over a sequence's keys, M the mask of dropout
+with probability p:
 
     O  = P' V,  P' = P * M / (1 - p)
     dV = P'^T dO
@@ -37,7 +39,7 @@ WARPS = 8  # two groups of four, each of which multiplies half of the rows
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
-def _tokens(boundaries, HEADS: tl.constexpr, LONGEST: tl.constexpr):
+def _tokens(boundaries, HEADS: tl.constexpr):
     """(the first token, how many there are, the head) of this program."""
     sequence = tl.program_id(0) // HEADS
     first = tl.load(boundaries + sequence)
@@ -45,10 +47,28 @@ def _tokens(boundaries, HEADS: tl.constexpr, LONGEST: tl.constexpr):
 
 
 @triton.jit
-def _places(first, stride, head, SIZE: tl.constexpr, LONGEST: tl.constexpr):
-    """Where the head's numbers lie in a tensor whose tokens are `stride` apart, [LONGEST, SIZE]."""
+def _places(first, head, PARTS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, LONGEST: tl.constexpr):
+    """Where the head's numbers lie in [T, PARTS, HEADS, SIZE], those of the first part, [LONGEST, SIZE]."""
     tokens = first.to(tl.int64) + tl.arange(0, LONGEST)
-    return tokens[:, None] * stride + head * SIZE + tl.arange(0, SIZE)[None, :]
+    return tokens[:, None] * (PARTS * HEADS * SIZE) + head * SIZE + tl.arange(0, SIZE)[None, :]
+
+
+@triton.jit
+def _with_bias(qkv, bias, places, inside, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """Query, key or value, by PART, rounded to the dtype that they came in."""
+    given = tl.load(qkv + places + PART * HEADS * SIZE, mask=inside, other=0.0)
+    added = tl.load(bias + (PART * HEADS + head) * SIZE + tl.arange(0, SIZE))
+    return (given.to(tl.float32) + added[None, :]).to(given.dtype)
+
+
+@triton.jit
+def _store_gradient(
+    grad, grad_qkv, grad_bias, places, inside, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr
+):
+    """Of query, key or value; and the sequence's share of that of its bias."""
+    tl.store(grad_qkv + places + PART * HEADS * SIZE, grad.to(grad_qkv.dtype.element_ty), mask=inside)
+    sequence = tl.program_id(0) // HEADS
+    tl.store(grad_bias + ((sequence * 3 + PART) * HEADS + head) * SIZE + tl.arange(0, SIZE), tl.sum(grad, 0))
 
 
 @triton.jit
@@ -79,15 +99,11 @@ def _kept(first, head, seed, threshold, HEADS: tl.constexpr, LONGEST: tl.constex
 
 @triton.jit
 def _attention_forward(
-    q_at,
-    k_at,
-    v_at,
-    out_at,
+    qkv,
+    bias,
     boundaries,
     seed,
-    q_stride,
-    k_stride,
-    v_stride,
+    out,
     log2_scale,
     threshold,
     kept_scale,
@@ -96,35 +112,30 @@ def _attention_forward(
     LONGEST: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    first, length, head = _tokens(boundaries, HEADS, LONGEST)
+    first, length, head = _tokens(boundaries, HEADS)
     if length == 0:
         return
     inside = (tl.arange(0, LONGEST) < length)[:, None]
-    q = tl.load(q_at + _places(first, q_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
-    k = tl.load(k_at + _places(first, k_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
-    v = tl.load(v_at + _places(first, v_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
+    places = _places(first, head, 3, HEADS, SIZE, LONGEST)
+    q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
+    k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
+    v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
     p = _probabilities(q, k, length, log2_scale, LONGEST)
     if DROPOUT:
         p = tl.where(_kept(first, head, seed, threshold, HEADS, LONGEST), p * kept_scale, 0.0)
-    out = tl.dot(p.to(v.dtype), v)
-    tl.store(out_at + _places(first, HEADS * SIZE, head, SIZE, LONGEST), out.to(v.dtype), mask=inside)
+    context = tl.dot(p.to(v.dtype), v).to(v.dtype)
+    tl.store(out + _places(first, head, 1, HEADS, SIZE, LONGEST), context, mask=inside)
 
 
 @triton.jit
 def _attention_backward(
-    grad_at,
-    q_at,
-    k_at,
-    v_at,
-    grad_q_at,
-    grad_k_at,
-    grad_v_at,
+    grad_out,
+    qkv,
+    bias,
     boundaries,
     seed,
-    grad_stride,
-    q_stride,
-    k_stride,
-    v_stride,
+    grad_qkv,
+    grad_bias,
     scale,
     log2_scale,
     threshold,
@@ -134,15 +145,15 @@ def _attention_backward(
     LONGEST: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    first, length, head = _tokens(boundaries, HEADS, LONGEST)
+    first, length, head = _tokens(boundaries, HEADS)
     if length == 0:
         return
     inside = (tl.arange(0, LONGEST) < length)[:, None]
-    q = tl.load(q_at + _places(first, q_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
-    k = tl.load(k_at + _places(first, k_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
-    v = tl.load(v_at + _places(first, v_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
-    grad = tl.load(grad_at + _places(first, grad_stride, head, SIZE, LONGEST), mask=inside, other=0.0)
-    grad_places = _places(first, HEADS * SIZE, head, SIZE, LONGEST)
+    places = _places(first, head, 3, HEADS, SIZE, LONGEST)
+    q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
+    k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
+    v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
+    grad = tl.load(grad_out + _places(first, head, 1, HEADS, SIZE, LONGEST), mask=inside, other=0.0)
     p = _probabilities(q, k, length, log2_scale, LONGEST)
     grad_p = tl.dot(grad, tl.trans(v))
     dropped = p
@@ -151,69 +162,60 @@ def _attention_backward(
         dropped = tl.where(kept, p * kept_scale, 0.0)
         grad_p = tl.where(kept, grad_p * kept_scale, 0.0)
     grad_v = tl.dot(tl.trans(dropped.to(v.dtype)), grad)
-    tl.store(grad_v_at + grad_places, grad_v.to(v.dtype), mask=inside)
+    _store_gradient(grad_v, grad_qkv, grad_bias, places, inside, head, 2, HEADS, SIZE)
     grad_scores = (p * (grad_p - tl.sum(grad_p * p, 1)[:, None])).to(v.dtype)
     grad_q = tl.dot(grad_scores, k) * scale
-    tl.store(grad_q_at + grad_places, grad_q.to(v.dtype), mask=inside)
+    _store_gradient(grad_q, grad_qkv, grad_bias, places, inside, head, 0, HEADS, SIZE)
     grad_k = tl.dot(tl.trans(grad_scores), q) * scale
-    tl.store(grad_k_at + grad_places, grad_k.to(v.dtype), mask=inside)
+    _store_gradient(grad_k, grad_qkv, grad_bias, places, inside, head, 1, HEADS, SIZE)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
-def _settings(query: Tensor, boundaries: Tensor, dropout_p: float) -> tuple[tuple[int], list[float], dict]:
+def _settings(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> tuple[tuple[int], list[float], dict]:
     """The grid; 1/sqrt(D), the same for powers of 2, what dropout's bits must reach, 1 / (1 - p); compile-time ones."""
-    _, heads, size = query.shape
+    *_, heads, size = qkv.shape
     scale = 1 / math.sqrt(size)
     numbers = [scale, scale / math.log(2), round(dropout_p * 2**24), 1 / (1 - dropout_p)]
     shape = {"HEADS": heads, "SIZE": size, "LONGEST": LONGEST, "DROPOUT": dropout_p > 0, "num_warps": WARPS}
     return ((len(boundaries) - 1) * heads,), numbers, shape
 
 
-def _in_rows(tensor: Tensor) -> Tensor:
-    """With the numbers of a token side by side, as they are in a projection's output."""
-    whole = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
-    return tensor if whole else tensor.contiguous()
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float
-) -> Tensor:
-    rows = [_in_rows(tensor) for tensor in (query, key, value)]
-    out = query.new_empty(query.shape)
-    grid, (_, log2_scale, threshold, kept_scale), shape = _settings(query, boundaries, dropout_p)
-    strides = [tensor.stride(0) for tensor in rows]
-    _attention_forward[grid](*rows, out, boundaries, seed, *strides, log2_scale, threshold, kept_scale, **shape)
+def _attend(qkv: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    tokens, _, heads, size = qkv.shape
+    out = qkv.new_empty(tokens, heads, size)
+    grid, (_, *numbers), shape = _settings(qkv, boundaries, dropout_p)
+    _attention_forward[grid](qkv.contiguous(), bias, boundaries, seed, out, *numbers, **shape)
     return out
 
 
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = [_in_rows(tensor) for tensor in (grad, query, key, value)]
-    grads = [query.new_empty(query.shape) for _ in range(3)]
-    grid, numbers, shape = _settings(query, boundaries, dropout_p)
-    _attention_backward[grid](
-        *rows, *grads, boundaries, seed, *(tensor.stride(0) for tensor in rows), *numbers, **shape
-    )
-    return tuple(grads)
+    grad: Tensor, qkv: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    grad_qkv = qkv.new_empty(qkv.shape)
+    shares = bias.new_zeros(len(boundaries) - 1, len(bias))  # zeros, for sequences without tokens
+    grid, numbers, shape = _settings(qkv, boundaries, dropout_p)
+    inputs = (grad.contiguous(), qkv.contiguous(), bias, boundaries, seed)
+    _attention_backward[grid](*inputs, grad_qkv, shares, *numbers, **shape)
+    return grad_qkv, shares.sum(0)
 
 
 _LIBRARY = torch.library.Library("slope", "FRAGMENT")
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor boundaries, Tensor? seed, float dropout_p"
+_INPUTS = "Tensor qkv, Tensor bias, Tensor boundaries, Tensor? seed, float dropout_p"
 _LIBRARY.define(f"short_attention({_INPUTS}) -> Tensor")
-_LIBRARY.define(f"short_attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"short_attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)")
 _LIBRARY.impl("short_attention", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("short_attention_backward", _attend_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("slope::short_attention")
-def _(query, key, value, boundaries, seed, dropout_p):
-    return query.new_empty(query.shape)
+def _(qkv, bias, boundaries, seed, dropout_p):
+    tokens, _, heads, size = qkv.shape
+    return qkv.new_empty(tokens, heads, size)
 
 
 @torch.library.register_fake("slope::short_attention_backward")
-def _(grad, query, key, value, boundaries, seed, dropout_p):
-    return tuple(query.new_empty(query.shape) for _ in range(3))
+def _(grad, qkv, bias, boundaries, seed, dropout_p):
+    return qkv.new_empty(qkv.shape), torch.empty_like(bias)
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
@@ -229,11 +231,12 @@ def _gradients(ctx, grad):
 torch.library.register_autograd("slope::short_attention", _gradients, setup_context=_keep_inputs, lib=_LIBRARY)
 
 
-def short_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
+def short_attention(qkv: Tensor, bias: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
     """Softmax attention of every token to those of its own sequence.
 
     Args:
-        query, key, value: [T, A, D], all bf16 or all fp16, D in `HEAD_SIZES`.
+        qkv: query, key and value without their biases, [T, 3, A, D], bf16 or fp16, D in `HEAD_SIZES`.
+        bias: fp32 [3 A D]; added here, since so its gradient costs no pass over that of `qkv`.
         boundaries: where each sequence begins, and where the last one ends, int32: 0, ..., T. No sequence is longer
             than `LONGEST`; one may be empty.
         dropout_p: share of the probabilities that are dropped; its seed comes from torch's generator.
@@ -241,5 +244,5 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tenso
     Returns:
         [T, A, D].
     """
-    seed = dropout_seed(query) if dropout_p else None
-    return torch.ops.slope.short_attention(query, key, value, boundaries, seed, dropout_p)
+    seed = dropout_seed(qkv) if dropout_p else None
+    return torch.ops.slope.short_attention(qkv, bias, boundaries, seed, dropout_p)

@@ -424,7 +424,7 @@ __global__ void __cluster_dims__(T::ClusterSize, 1, 1) __launch_bounds__(T::Thre
 struct Call {
   void const *inputs, *kept, *metadata, *bias, *adapter_inputs, *adapter_kept;
   void* outputs;
-  int64_t input_stride, tokens, out, in;
+  int64_t input_stride, kept_stride, tokens, out, in;
   cudaStream_t stream;
   int32_t adapter_columns, group, variant, half;
 };
@@ -432,7 +432,8 @@ struct Call {
 template <class T>
 int launch(Call const& c) {
   constexpr int64_t kLargest = 1 << 30;
-  if (c.tokens < 1 || c.out % 8 || c.in % 16 || c.input_stride % 8 || c.adapter_columns % 16) return kShape;
+  if (c.tokens < 1 || c.out % 8 || c.in % 16 || c.adapter_columns % 16) return kShape;
+  if (c.input_stride % 8 || c.kept_stride % 8 || c.kept_stride < c.in / 2) return kShape;
   if (c.tokens > kLargest || c.out > kLargest || c.in > kLargest || c.input_stride > kLargest) return kShape;
   if (encode_function() == nullptr) return kNoDriver;
   int processors = 0;
@@ -440,7 +441,7 @@ int launch(Call const& c) {
   if (error != cudaSuccess) return error;
   using E = typename T::Element;
   Maps maps;
-  bool encoded = tensor_map<E>(&maps.kept, c.kept, c.out, c.in / 2, c.in / 2, T::LoadRows, kBlockK / 2) &&
+  bool encoded = tensor_map<E>(&maps.kept, c.kept, c.out, c.in / 2, c.kept_stride, T::LoadRows, kBlockK / 2) &&
                  tensor_map<E>(&maps.inputs, c.inputs, c.tokens, c.in, c.input_stride, T::LoadTokens, kBlockK) &&
                  tensor_map<E>(&maps.outputs, c.outputs, c.tokens, c.out, c.out, T::StoreTokens, 64);
   int const width = c.adapter_columns;

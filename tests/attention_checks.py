@@ -25,11 +25,12 @@ def boundaries_of(lengths, device) -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
-def exact(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):
+def exact(qkv: Tensor, bias: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):
     """In float64, sequence by sequence; `kept` [T, A, LONGEST] is dropout's mask."""
     outputs = []
+    biased = qkv + bias.view(qkv.shape[1:])
     for begin, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
-        q, k, v = (tensor[begin:end].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = biased[begin:end].permute(1, 2, 0, 3)
         p = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
         if kept is not None:
             p = p * kept[begin:end, :, : end - begin].transpose(0, 1) / (1 - dropout_p)
@@ -38,11 +39,15 @@ def exact(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, kept: T
 
 
 def draw(device, dtype, heads: int, size: int, lengths=LENGTHS, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """Query, key and value as views of one matrix, as a joint projection would give them, and a gradient."""
+    """Query, key and value together, their bias, and a gradient of the output."""
     generator = torch.Generator(device).manual_seed(seed)
-    together = spread * torch.randn(sum(lengths), 4, heads, size, generator=generator, device=device)
-    *inputs, grad = together.to(dtype).unbind(1)
-    return [*inputs, grad]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    qkv = (spread * normal(sum(lengths), 3, heads, size)).to(dtype)
+    bias = 0.5 * normal(3 * heads * size)
+    return [qkv, bias, normal(sum(lengths), heads, size).to(dtype)]
 
 
 def gradients(attention, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -58,33 +63,33 @@ def check(device, dtype, heads: int = 2, size: int = 64, dropout_p: float = 0.0,
     *inputs, grad = draw(device, dtype, heads, size, spread=spread)
     boundaries, kept = boundaries_of(LENGTHS, device), None
     torch.manual_seed(5)
-    found = gradients(lambda *qkv: short_attention(*qkv, boundaries, dropout_p), inputs, grad)
+    found = gradients(lambda *given: short_attention(*given, boundaries, dropout_p), inputs, grad)
     if dropout_p:
         torch.manual_seed(5)
         kept = kept_by_dropout(torch.Size((len(grad), heads, LONGEST)), dropout_seed(grad), dropout_p)
     doubles = [tensor.double() for tensor in inputs]
-    right = gradients(lambda *qkv: exact(*qkv, boundaries, kept, dropout_p), doubles, grad.double())
-    for name, ours, expected in zip(("output", "query", "key", "value"), found, right, strict=True):
-        error = (ours.double() - expected).abs()
-        assert ours.dtype == dtype and ours.shape == expected.shape
-        assert error.norm() < torch.finfo(dtype).eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
-        assert error.max() < 8 * torch.finfo(dtype).eps * expected.abs().max(), name
+    bias = doubles[1].view(3, heads, size)
+    doubles[0] = (doubles[0] + bias).to(dtype).double() - bias  # the kernels multiply the sum, rounded
+    right = gradients(lambda *given: exact(*given, boundaries, kept, dropout_p), doubles, grad.double())
+    for name, ours, expected in zip(("output", "qkv", "bias"), found, right, strict=True):
+        error, eps = (ours.double() - expected).abs(), torch.finfo(dtype).eps
+        assert ours.dtype == (torch.float32 if name == "bias" else dtype) and ours.shape == expected.shape
+        assert error.norm() < eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
+        assert error.max() < 8 * eps * expected.abs().max(), name
 
 
 def check_equal_bits(device, dtype) -> None:
     *inputs, grad = draw(device, dtype, heads=2, size=32)
-    results = []
+    boundaries, results = boundaries_of(LENGTHS, device), []
     for _ in range(2):
         torch.manual_seed(5)
-        boundaries = boundaries_of(LENGTHS, device)
-        results.append(gradients(lambda *qkv: short_attention(*qkv, boundaries, 0.1), inputs, grad))  # noqa: B023
+        results.append(gradients(lambda *given: short_attention(*given, boundaries, 0.1), inputs, grad))
     assert all(map(torch.equal, *results))
 
 
 def check_a_sequence_does_not_see_the_others(device, dtype) -> None:
-    *inputs, grad = draw(device, dtype, heads=2, size=32)
-    boundaries = boundaries_of(LENGTHS, device)
-    alone, end = boundaries_of(LENGTHS[:1], device), LENGTHS[0]
-    found = gradients(lambda *qkv: short_attention(*qkv, boundaries, 0.0), inputs, grad)
-    first = gradients(lambda *qkv: short_attention(*qkv, alone, 0.0), [t[:end] for t in inputs], grad[:end])
-    assert all(torch.equal(ours[:end], theirs) for ours, theirs in zip(found, first, strict=True))
+    qkv, bias, grad = draw(device, dtype, heads=2, size=32)
+    boundaries, alone, end = boundaries_of(LENGTHS, device), boundaries_of(LENGTHS[:1], device), LENGTHS[0]
+    found = gradients(lambda *given: short_attention(*given, boundaries, 0.0), [qkv, bias], grad)
+    first = gradients(lambda *given: short_attention(*given, alone, 0.0), [qkv[:end], bias], grad[:end])
+    assert all(torch.equal(ours[:end], theirs) for ours, theirs in zip(found[:2], first[:2], strict=True))

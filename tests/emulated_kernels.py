@@ -13,7 +13,8 @@ def launch_sparse_mm(variant, group, x, kept, metadata, bias, adapter_x, adapter
     """Y = X W^T + (X L) R + bias, summed in float64 and rounded once."""
     assert 0 <= variant < VARIANTS and group >= 1
     columns, out = x.shape[-1], kept.shape[0]
-    assert y.is_contiguous() and kept.is_contiguous() and x.data_ptr() % 16 == 0
+    assert y.is_contiguous() and x.data_ptr() % 16 == 0
+    assert kept.stride(1) == 1 and kept.stride(0) % 8 == 0 and kept.stride(0) >= columns // 2
     if x.dim() == 2:
         assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= columns
     else:

@@ -146,7 +146,19 @@ class Operands:
 def refresh_entry(*arguments) -> bytes:
     """slope::RefreshEntry: six tensors, or None for null, and out, in, m."""
     addresses = (0 if x is None else x.data_ptr() for x in arguments[:6])
-    return struct.pack("6P2q2i", *addresses, *arguments[6:], 0)
+    return struct.pack("6P2q2i", *addresses, *arguments[6:], arguments[5].stride(0))
+
+
+def check_rows_apart(library: OperandLibrary, case: Case, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The backward operand as some columns of a wider matrix, of which nothing else is written."""
+    packed, apart = Operands(case, dtype, library.device), Operands(case, dtype, library.device)
+    wide = poisoned(case.inp, case.out // 2 + 24, dtype=dtype, device=library.device)
+    apart.backward = wide[:, 8 : 8 + case.out // 2]
+    for each in (packed, apart):
+        each.refresh(library, case, rechoose=True)
+    assert torch.equal(apart.backward, packed.backward) and torch.equal(apart.metadata, packed.metadata)
+    around = torch.cat([wide[:, :8], wide[:, -16:]], 1).contiguous()
+    assert (around.view(torch.uint8) == 0xFF).all()
 
 
 def check_refresh_of_many(library: OperandLibrary, dtype: torch.dtype = torch.bfloat16) -> None:

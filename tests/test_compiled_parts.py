@@ -125,10 +125,12 @@ def batch_of(lengths: list[int]) -> SimpleNamespace:
     )
 
 
-def results_of(model: BertForPreTraining, batch: SimpleNamespace) -> tuple[list[float], dict[str, torch.Tensor]]:
+def results_of(
+    model: BertForPreTraining, batch: SimpleNamespace, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and gradients."""
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         scores = model(batch.ids, torch.zeros_like(batch.ids), batch.packing, batch.predicted)
         sums = pretraining_loss_sums(*scores, batch.labels, torch.zeros(len(batch.labels), dtype=torch.int64))
     sum(sums).backward()

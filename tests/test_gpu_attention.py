@@ -42,8 +42,8 @@ def test_compiled_it_is_one_graph_and_the_same():
     *inputs, grad = draw("cuda", torch.bfloat16, heads=16, size=64)
     boundaries = boundaries_of(LENGTHS, "cuda")
 
-    def attention(query, key, value):
-        return 2 * short_attention(query, key, value, boundaries, 0.0)
+    def attention(qkv, bias):
+        return 2 * short_attention(qkv, bias, boundaries, 0.0)
 
     expected = gradients(attention, inputs, grad)
     found = gradients(torch.compile(attention, fullgraph=True), inputs, grad)
@@ -51,12 +51,12 @@ def test_compiled_it_is_one_graph_and_the_same():
 
 
 def test_captured_it_reads_its_inputs_anew():
-    *inputs, _ = draw("cuda", torch.bfloat16, heads=16, size=64)
+    qkv, bias, _ = draw("cuda", torch.bfloat16, heads=16, size=64)
     boundaries, graph = boundaries_of(LENGTHS, "cuda"), torch.cuda.CUDAGraph()
-    short_attention(*inputs, boundaries, 0.0)  # compiles
+    short_attention(qkv, bias, boundaries, 0.0)  # compiles
     with torch.cuda.graph(graph):
-        out = short_attention(*inputs, boundaries, 0.0)
-    for tensor in inputs:
+        out = short_attention(qkv, bias, boundaries, 0.0)
+    for tensor in (qkv, bias):
         tensor.mul_(0.5)
     graph.replay()
-    assert torch.equal(out, short_attention(*inputs, boundaries, 0.0))
+    assert torch.equal(out, short_attention(qkv, bias, boundaries, 0.0))

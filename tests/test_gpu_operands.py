@@ -26,6 +26,7 @@ from operand_checks import (
     check_refresh,
     check_refresh_of_many,
     check_reuse,
+    check_rows_apart,
     check_second_bits,
     check_without_forward,
     make_case,
@@ -81,6 +82,12 @@ def test_many_layers_are_refreshed_together(library, dtype):
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize(("out", "inp", "m"), CASES)
+def test_the_backward_operands_rows_may_lie_apart(library, out, inp, m, dtype):
+    check_rows_apart(library, make_case(out, inp, m, "random", "cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(("out", "inp", "m"), CASES)
 def test_operands_of_an_old_choice(library, out, inp, m, dtype):
     for kind in KINDS:
         check_reuse(library, make_case(out, inp, m, kind, "cuda"), dtype)
@@ -114,6 +121,9 @@ def test_sizes_that_no_kernel_takes_are_refused(library):
         entry = refresh_entry(case.values, case.mask_bits, *outputs, out, inp, m)
         assert library.code("refresh", entry, 1, dtype, 1) == 1
     assert library.code("gather", case.values, 32, case.mask_bits, case.values, 64, 64, 4, 2, 0) == 1  # stride < in
+    narrow = operands.backward.as_strided((64, 32), (24, 1))  # rows that overlap
+    entry = refresh_entry(case.values, case.mask_bits, None, operands.metadata, None, narrow, 64, 64, 4)
+    assert library.code("refresh", entry, 1, 0, 1) == 1
     torch.cuda.synchronize()
 
 

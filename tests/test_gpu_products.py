@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from joint_checks import assert_same, each_alone, results_of, sparse_layers, together
 from product_checks import (
     HALF_DTYPES,
     IN,
@@ -47,6 +48,7 @@ from torch import Tensor, nn
 
 from kernels import autotune, build, layout, native
 from kernels.backends import CutlassOperands, SemiStructuredOperands, refusal, select_backends
+from kernels.joint import join
 from kernels.ops import sparse_mm
 from sparse_ops import DenseOperands, N, SparseLinear, nm_mask
 from training.engine import BUFFERS_STAY
@@ -257,6 +259,21 @@ def test_ddp_averages_the_gradients_of_the_values(tmp_path):
         dist.destroy_process_group()
     expected = stack_results(model, list(model.parameters()), x, grad_y)[2:]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ joint products
+@pytest.mark.parametrize("m", [4, 8])
+def test_layers_of_one_input_are_one_product(m):
+    layers = sparse_layers(m, device="cuda")
+    expected = results_of(layers, each_alone)
+    assert join(layers, [40])
+    for product in (each_alone, together):
+        assert_same(results_of(layers, product), expected)
+    with torch.no_grad():
+        for layer in layers:
+            layer.values.mul_(torch.linspace(-1, 2, layer.values.numel(), device="cuda").view_as(layer.values))
+            layer.refresh(rechoose=True)
+    assert_same(results_of(layers, together), results_of([on_dense(layer) for layer in layers], each_alone))
 
 
 # ---------------------------------------------------------------------------------------------------------- host time

@@ -15,7 +15,8 @@ from kernels import build, native
 FIELDS = {  # of the struct that each function takes
     "slope_sparse_gemm": (
         *("inputs", "kept", "metadata", "bias", "adapter_inputs", "adapter_kept", "outputs"),
-        *("input_stride", "tokens", "out", "in", "stream", "adapter_columns", "group", "variant", "half"),
+        *("input_stride", "kept_stride", "tokens", "out", "in", "stream"),
+        *("adapter_columns", "group", "variant", "half"),
     ),
     "slope_adapter_grads": (
         *("grad_weight", "left_rows", "right_rows", "grad_left", "grad_right"),
@@ -23,7 +24,7 @@ FIELDS = {  # of the struct that each function takes
     ),
     "slope_refresh": (
         *("values", "mask_bits", "forward", "metadata", "second_kept", "backward"),
-        *("out", "in", "m"),
+        *("out", "in", "m", "backward_stride"),
     ),
     "slope_adapter_operands": (
         *("left", "right", "left_rows", "right_rows", "left_kept", "right_kept"),
@@ -98,18 +99,18 @@ def test_every_argument_of_a_product_arrives_in_its_field(told):
     native.launch_sparse_mm(2, 16, *tensors)
     assert told("slope_sparse_gemm") == {
         **dict(zip(FIELDS["slope_sparse_gemm"], addresses(*tensors), strict=False)),
-        **{"input_stride": 48, "tokens": 15, "out": 32, "in": 48, "stream": STREAM},
+        **{"input_stride": 48, "kept_stride": 24, "tokens": 15, "out": 32, "in": 48, "stream": STREAM},
         **{"adapter_columns": 16, "group": 16, "variant": 2, "half": 1},
     }
 
 
 def test_what_is_not_there_is_null_and_rows_may_be_apart(told):
     x = torch.zeros(7, 64, dtype=torch.bfloat16)[:, :48]
-    kept, metadata = torch.zeros(32, 24, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int32)
+    kept, metadata = torch.zeros(32, 40, dtype=torch.bfloat16)[:, 8:32], torch.zeros(8, dtype=torch.int32)
     native.launch_sparse_mm(0, 1, x, kept, metadata, None, None, None, torch.zeros(7, 32, dtype=torch.bfloat16))
     found = told("slope_sparse_gemm")
     assert [found[name] for name in ("bias", "adapter_inputs", "adapter_kept", "adapter_columns", "half")] == [0] * 5
-    assert (found["input_stride"], found["tokens"]) == (64, 7)
+    assert (found["input_stride"], found["kept_stride"], found["tokens"]) == (64, 40, 7)
 
 
 def test_every_argument_of_the_adapters_gradients_arrives_in_its_field(told):
@@ -124,15 +125,16 @@ def test_every_argument_of_the_adapters_gradients_arrives_in_its_field(told):
 
 def test_every_layer_of_a_refresh_arrives(told, echo):
     cases = [make_case(64, 128, 4, "random", "cpu"), make_case(128, 64, 8, "random", "cpu")]
-    written = [torch.zeros(1) for _ in range(4)]
+    written = [*(torch.zeros(1) for _ in range(3)), torch.zeros(128, 96)[:, 8:72]]  # the last one's rows lie apart
     entries = [
         (cases[0].values, cases[0].mask_bits, *written[:2], None, written[3], 64, 128, 4),
-        (cases[1].values, cases[1].mask_bits, *written, 128, 64, 8),
+        (cases[1].values, cases[1].mask_bits, *written[:3], torch.zeros(64, 64), 128, 64, 8),
     ]
     native.refresh_operands(entries, torch.float16, rechoose=True)
-    expected = [0 if x is None else x if isinstance(x, int) else x.data_ptr() for entry in entries for x in entry]
+    given = [[*entry, stride] for entry, stride in zip(entries, (96, 64), strict=True)]
+    expected = [0 if x is None else x if isinstance(x, int) else x.data_ptr() for entry in given for x in entry]
     assert echo.what()[: len(expected) + 4] == [*expected, 2, 1, 1, STREAM]
-    assert native._REFRESH_ENTRY.pack(*expected[:9], 0) == refresh_entry(*entries[0])
+    assert native._REFRESH_ENTRY.pack(*expected[:10]) == refresh_entry(*entries[0])
 
 
 def test_the_adapters_of_every_layer_arrive(told, echo):

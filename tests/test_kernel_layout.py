@@ -13,6 +13,7 @@ from operand_checks import (
     check_refresh,
     check_refresh_of_many,
     check_reuse,
+    check_rows_apart,
     check_second_bits,
     check_without_forward,
     make_case,
@@ -100,6 +101,11 @@ def test_threads_make_the_operands(library, out, inp, m, kind):
 
 def test_many_layers_are_refreshed_together(library):
     check_refresh_of_many(library)
+
+
+@pytest.mark.parametrize(("out", "inp", "m", "kind"), CASES)
+def test_the_backward_operands_rows_may_lie_apart(library, out, inp, m, kind):
+    check_rows_apart(library, make_case(out, inp, m, kind, "cpu"))
 
 
 @pytest.mark.parametrize(("out", "inp", "m", "kind"), CASES)

@@ -13,6 +13,7 @@ from data.loader import Batch, StepLoader, step_loader
 from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
 from kernels.build import KernelsUnavailable
+from kernels.joint import join
 from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
@@ -154,14 +155,21 @@ class PretrainingRun:
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         places = self.local_batch_size * sequence_length
+        other_tokens = [round(share * places) for share in SHARES_OF_TOKENS] if unpadded else []
         self.engine = Engine(
             *(model, self.world, args, places, self.notes.append, self.objective),
-            other_tokens=[round(share * places) for share in SHARES_OF_TOKENS] if unpadded else (),
+            other_tokens=other_tokens,
             compiled=compiled_parts(model) if compiled else (),
             dynamic=unpadded,
             # Layers of the ablations, and checkpointed ones, ask the host what to do.
             captured=self.sparsity.weights_alone and not args.checkpoint_activations and not args.no_cuda_graphs,
         )
+        if self.short_attention:
+            attentions = [block.attention.self for block in model.bert.encoder.layer]
+            joined = sum(join(attention.projections(), [places, *other_tokens]) for attention in attentions)
+            self.notes.append(
+                f"attention of short sequences, query, key and value in one 2:4 product in {joined} blocks"
+            )
         padding = f"no padding computed but up to a multiple of {multiple} tokens" if unpadded else "padding computed"
         graphs = "with" if self.engine.captured else "without"
         self.notes.append(f"{'compiled' if compiled else 'not compiled'}, {graphs} CUDA graphs, {padding}")
