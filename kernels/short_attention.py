@@ -62,6 +62,14 @@ def _with_bias(qkv, bias, places, inside, head, PART: tl.constexpr, HEADS: tl.co
 
 
 @triton.jit
+def _query_key_value(qkv, bias, places, inside, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
+    k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
+    v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
+    return q, k, v
+
+
+@triton.jit
 def _store_gradient(
     grad, grad_qkv, grad_bias, places, inside, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -117,9 +125,7 @@ def _attention_forward(
         return
     inside = (tl.arange(0, LONGEST) < length)[:, None]
     places = _places(first, head, 3, HEADS, SIZE, LONGEST)
-    q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
-    k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
-    v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
+    q, k, v = _query_key_value(qkv, bias, places, inside, head, HEADS, SIZE)
     p = _probabilities(q, k, length, log2_scale, LONGEST)
     if DROPOUT:
         p = tl.where(_kept(first, head, seed, threshold, HEADS, LONGEST), p * kept_scale, 0.0)
@@ -150,9 +156,7 @@ def _attention_backward(
         return
     inside = (tl.arange(0, LONGEST) < length)[:, None]
     places = _places(first, head, 3, HEADS, SIZE, LONGEST)
-    q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
-    k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
-    v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
+    q, k, v = _query_key_value(qkv, bias, places, inside, head, HEADS, SIZE)
     grad = tl.load(grad_out + _places(first, head, 1, HEADS, SIZE, LONGEST), mask=inside, other=0.0)
     p = _probabilities(q, k, length, log2_scale, LONGEST)
     grad_p = tl.dot(grad, tl.trans(v))
