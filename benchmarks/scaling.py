@@ -73,7 +73,9 @@ def make_parser() -> Parser:
         metavar="N,N",
         help="launch torchrun with each number of processes (default: 1, 2, 4, ... up to the GPUs; without one 1,2)",
     )
-    parser.add_argument("--earlier", metavar="JSON", help="an --output of fewer processes, whose rows come first")
+    parser.add_argument(
+        "--earlier", metavar="JSON", help="an --output of other numbers of processes, whose rows come first"
+    )
     parser.add_argument("--picture", metavar="PNG", help="draw tokens/s and efficiency, after the last launch")
     parser.add_argument("--models", type=names_among(tuple(MODELS)), default=",".join(MODELS), metavar="A,B")
     parser.add_argument(
@@ -305,10 +307,19 @@ def read_earlier(args) -> dict:
         UsageError: the file has no such results.
     """
     found = read_json(args.earlier, "--earlier")
-    if found.get("benchmark") != "scaling" or not found.get("rows"):
-        raise UsageError(f"--earlier {args.earlier}: holds no rows of this benchmark")
-    if found["rows"][0]["table"] != title(args):
-        raise UsageError(f"--earlier {args.earlier}: is of {found['rows'][0]['table']}, not of {title(args)}")
+    try:
+        rows = [restored(row) for row in found["rows"]]
+        tables, counts = {row["table"] for row in rows}, {row["processes"] for row in rows}
+        gpu, version = found["environment"]["gpu"], found["environment"]["torch"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--earlier {args.earlier}: holds no rows of this benchmark") from error
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else gpu
+    if tables != {title(args)}:
+        raise UsageError(f"--earlier {args.earlier}: is of {', '.join(sorted(tables))}, not of {title(args)}")
+    if not gpu.endswith(here) or version != torch.__version__:
+        raise UsageError(f"--earlier {args.earlier}: is of {gpu} and torch {version}: not this machine's")
+    if counts & set(args.processes):
+        raise UsageError(f"--earlier {args.earlier}: holds {min(counts & set(args.processes))} processes already")
     return found
 
 

@@ -33,7 +33,7 @@ except ImportError as error:
     raise KernelsUnavailable(f"no Triton ({error}): it comes with every CUDA build of torch for Linux") from error
 
 LONGEST = 128  # tokens of a sequence
-HEAD_SIZES = (16, 32, 64, 128)
+HEAD_SIZES = (16, 32, 64)  # of 128, the backward pass would not fit into registers
 WARPS = 8  # two groups of four, each of which multiplies half of the rows
 
 
@@ -188,7 +188,8 @@ def _attend(qkv: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, 
     tokens, _, heads, size = qkv.shape
     out = qkv.new_empty(tokens, heads, size)
     grid, (_, *numbers), shape = _settings(qkv, boundaries, dropout_p)
-    _attention_forward[grid](qkv.contiguous(), bias, boundaries, seed, out, *numbers, **shape)
+    with torch.cuda.device_of(qkv):
+        _attention_forward[grid](qkv.contiguous(), bias, boundaries, seed, out, *numbers, **shape)
     return out
 
 
@@ -199,7 +200,8 @@ def _attend_backward(
     shares = bias.new_zeros(len(boundaries) - 1, len(bias))  # zeros, for sequences without tokens
     grid, numbers, shape = _settings(qkv, boundaries, dropout_p)
     inputs = (grad.contiguous(), qkv.contiguous(), bias, boundaries, seed)
-    _attention_backward[grid](*inputs, grad_qkv, shares, *numbers, **shape)
+    with torch.cuda.device_of(qkv):
+        _attention_backward[grid](*inputs, grad_qkv, shares, *numbers, **shape)
     return grad_qkv, shares.sum(0)
 
 

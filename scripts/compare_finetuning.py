@@ -5,7 +5,8 @@ python scripts/compare_finetuning.py --init_checkpoint DIR --glue_dir DATA/glue 
     --output_dir results/comparison --seeds 0,1,2 --parallel 4
 
 Runs are processes of run_glue.py and run_squad.py, `--parallel` of them at a time, dealt out to the machine's GPUs. One
-that is finished is not run again, one that was stopped goes on. The table (Markdown) is OUTPUT_DIR/table.md, too.
+that is finished is not run again, one that was stopped goes on; where one fails, the others are told to stop. The table
+(Markdown) is OUTPUT_DIR/table.md, too.
 """
 
 import itertools
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from run_processes import ROOT, Command, Job, Planned, Processes, StopRequestedError, gpu_places
 
 from training.errors import UsageError
-from training.flags import Parser, run_door, whole
+from training.flags import Parser, parse_seeds, run_door, whole
 
 VARIANTS = {
     "dense": ["--pruned_matrix", "none"],
@@ -141,7 +142,11 @@ def main() -> None:
     args = parser.parse_args()
     for name in ("init_checkpoint", "glue_dir", "squad_dir", "output_dir"):  # runs start in the repository's folder
         setattr(args, name, Path(getattr(args, name)).resolve())
-    seeds = [int(word) for word in args.seeds.split(",")]
+    seeds = parse_seeds(args.seeds, "--seeds")
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
     runs = [
         Run(task, variant, seed, args.output_dir / task / variant.replace(", ", "_").replace(":", "") / f"seed_{seed}")
         for task, seed, variant in itertools.product(args.tasks, seeds, VARIANTS)

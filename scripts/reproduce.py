@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,7 @@ from data.shard_files import ShardSet
 from data.stages import write_atomic
 from modeling import BertConfig
 from training.errors import UsageError
-from training.flags import Parser, add_switch, parse_flags, read_json, real, run_door, whole
+from training.flags import Parser, add_switch, parse_flags, parse_seeds, read_json, real, run_door, whole
 
 DOCS = ROOT / "docs/results.md"
 ESTIMATED_SEQUENCES = 305_000  # of the large corpus, vocabulary 16,384; for --dry_run without data
@@ -81,9 +81,7 @@ def parse_arguments(argv: list[str] | None = None):
     args.task_names = [] if args.skip_finetuning else _chosen(args.tasks, TASKS, "--tasks")
     args.output_dir = Path(args.output_dir).resolve()  # one spelling: runs remember the paths that they began from
     args.data_dir = Path(args.data_dir).resolve() if args.data_dir else args.output_dir / "data"
-    words = args.finetune_seeds.split(",")
-    if not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
-        raise UsageError(f"--finetune_seeds {args.finetune_seeds}: must be different whole numbers with commas")
+    parse_seeds(args.finetune_seeds, "--finetune_seeds")
     args.defaults = vars(parser.parse_args([]))
     return args
 
@@ -215,7 +213,12 @@ def reproduce(args) -> None:
         processes.run({"the data": Planned(make_data(args))})
     plan = plan_for_data(args)
     plan.settings.save(args.output_dir)
-    places = gpus * args.parallel
+    processes.run(planned_jobs(args, plan, gpus), gpus, args.parallel)
+
+
+def planned_jobs(args, plan: Plan, gpus: Sequence[dict]) -> dict[str, Planned]:
+    """All runs, each on a GPU of its own, and their fine-tunings, which share them."""
+    places = [*gpus] * args.parallel
 
     def pretrain_and_report(name: str) -> Job:
         yield from pretrain(plan, name, log_beside(plan.directory(name), gpus))
@@ -234,7 +237,7 @@ def reproduce(args) -> None:
         )
         for name, task in product(args.names, args.task_names)
     }
-    processes.run(pretrainings | finetunings, gpus, args.parallel)
+    return pretrainings | finetunings
 
 
 def log_beside(directory: Path, places: list) -> Path | None:

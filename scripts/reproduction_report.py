@@ -108,7 +108,8 @@ def read_logs(output_dir: Path, settings: Settings) -> dict[str, RunLog]:
 def _read_rows(path: Path) -> list[dict[str, float]]:
     try:
         with path.open(newline="") as file:
-            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+            whole = (row for row in csv.DictReader(file) if None not in row.values())  # else it is being written
+            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in whole]
         for row in rows:
             row["step"], row["sequences_per_second"], row["tokens_per_second"], row["mlm_loss"], row["adapters"]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:

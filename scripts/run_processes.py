@@ -144,6 +144,8 @@ class Processes:
             command = job.send(code)
         except StopIteration:
             return
+        if self.received is not None:
+            return
         print("+", shown(command.words), *(() if command.log is None else (">>", command.log)), flush=True)
         process = start(command.words, place.environment, command.log)
         place.free -= slots

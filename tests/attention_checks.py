@@ -87,9 +87,23 @@ def check_equal_bits(device, dtype) -> None:
     assert all(map(torch.equal, *results))
 
 
-def check_a_sequence_does_not_see_the_others(device, dtype) -> None:
+def check_nothing_behind_a_sequence_is_touched(device, dtype) -> None:
+    """What lies there is not read, or a NaN would spread, and not written, or it would not stay one."""
+    length = 71
     qkv, bias, grad = draw(device, dtype, heads=2, size=32)
-    boundaries, alone, end = boundaries_of(LENGTHS, device), boundaries_of(LENGTHS[:1], device), LENGTHS[0]
-    found = gradients(lambda *given: short_attention(*given, boundaries, 0.0), [qkv, bias], grad)
-    first = gradients(lambda *given: short_attention(*given, alone, 0.0), [qkv[:end], bias], grad[:end])
-    assert all(torch.equal(ours[:end], theirs) for ours, theirs in zip(found[:2], first[:2], strict=True))
+    qkv[length:], grad[length:] = float("nan"), float("nan")
+    boundaries = boundaries_of([length], device)
+    found = gradients(lambda *given: short_attention(*given, boundaries, 0.1), [qkv, bias], grad)
+    for tensor in found[:2]:
+        assert tensor[:length].isfinite().all() and tensor[length:].isnan().all()
+    assert found[2].isfinite().all()
+
+
+def check_other_strides(device, dtype) -> None:
+    """Inputs that lie in memory in another order."""
+    qkv, bias, grad = draw(device, dtype, heads=2, size=32)
+    boundaries, results = boundaries_of(LENGTHS, device), []
+    for lay_out in (Tensor.contiguous, lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1)):
+        given = [lay_out(qkv), bias]
+        results.append(gradients(lambda *inputs: short_attention(*inputs, boundaries, 0.0), given, lay_out(grad)))
+    assert all(map(torch.equal, *results))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from pretraining_runs import ROOT
+
+from training.flags import run_door
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -62,3 +66,57 @@ def test_runs_are_dealt_out_to_the_gpus_and_their_scores_make_the_table(tmp_path
     assert text.strip() in capsys.readouterr().out
     compare_finetuning.main()
     assert len(started) == 12, "finished runs are not run again"
+
+
+def run_one(monkeypatch, tmp_path, started) -> int:
+    """The exit code of a comparison of one task and seed, whose processes are `started`."""
+    monkeypatch.setattr(run_processes, "start", started)
+    monkeypatch.setattr(compare_finetuning, "gpu_places", lambda: [{}])
+    words = ["--init_checkpoint", "model", "--output_dir", str(tmp_path), "--seeds", "0", "--tasks", "SST-2-shaped"]
+    monkeypatch.setattr(sys, "argv", ["compare_finetuning.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_door(compare_finetuning.main)
+    return ended.value.code
+
+
+def test_a_run_that_fails_is_named_with_its_last_line(monkeypatch, tmp_path, capsys):
+    class Failed:
+        def __init__(self, command, place, log):
+            log.parent.mkdir(parents=True)
+            log.write_text("begun\nout of memory\n")
+
+        def poll(self) -> int:
+            return 1
+
+    assert run_one(monkeypatch, tmp_path, Failed) == 2
+    said = capsys.readouterr().err
+    assert "error: SST-2-shaped, dense, seed 0: did not finish (out of memory); see " in said and said.count("\n") == 1
+
+
+def test_a_stop_is_said_and_leaves_no_table(monkeypatch, tmp_path):
+    class Stopped:
+        def __init__(self, command, place, log):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def send_signal(self, number: int) -> None:
+            pass
+
+        def poll(self) -> int:
+            return 0
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        assert run_one(monkeypatch, tmp_path, Stopped) == "stopped; the same command goes on"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize("seeds", ["0,0", "a,b", ""])
+def test_wrong_seeds_are_one_line(monkeypatch, tmp_path, seeds, capsys):
+    words = ["--init_checkpoint", "model", "--output_dir", str(tmp_path), "--seeds", seeds]
+    monkeypatch.setattr(sys, "argv", ["compare_finetuning.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_door(compare_finetuning.main)
+    assert ended.value.code == 2 and f"--seeds {seeds}: must be different whole numbers" in capsys.readouterr().err

@@ -46,10 +46,9 @@ def run_of(files, tmp_path_factory):
 
 
 def weights(output: Path, step: int) -> torch.Tensor:
-    """All floating-point state of the model but the adapters, as one vector."""
+    """All floating-point state of the model, as one vector."""
     state = checkpoint(output, step)["model"]
-    parts = [state[name] for name in sorted(state) if state[name].is_floating_point() and "lora_" not in name]
-    return torch.cat([part.double().flatten() for part in parts])
+    return torch.cat([state[name].double().flatten() for name in sorted(state) if state[name].is_floating_point()])
 
 
 SPARSE = {"sparse_backend": "cutlass"}
@@ -62,9 +61,9 @@ DENSE = {"sparse_backend": "auto", "pruned_matrix": "none", "add_lora": None, "l
     ids=["dense", "slope", "slope, averaged in bf16"],
 )
 def test_two_processes_learn_what_one_does(run_of, model, communication):
-    """Losses and weights. On CPUs the weights are apart by 0.0004 to 0.02 of the way that they go in the last steps."""
+    """Losses and weights. On CPUs the weights are apart by 0.001 to 0.035 of the way that they go in the last steps."""
     losses, alone = run_of(1, **model)
     losses_together, together = run_of(2, **model, gradient_communication=communication)
     assert losses_together == pytest.approx(losses, rel=1e-3)
     moved = (alone[20] - alone[15]).norm()
-    assert (together[20] - alone[20]).norm() < 0.1 * moved
+    assert (together[20] - alone[20]).norm() < 0.06 * moved

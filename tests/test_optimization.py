@@ -383,6 +383,8 @@ def test_fused_lamb_is_apexs_where_apex_is_nvidias(apex, cuda):
     train(model, optimizer, range(10))
     train(ours, build("lamb", ours), range(10))
     assert_equal(weights(model), weights(ours), rtol=1e-5, atol=1e-6)
+    decays = [group["weight_decay"] for group in build("fused-lamb", Toy(adapters=True)).param_groups]
+    assert decays == [0.01, 0.0, 0.0], "apex would give adapters a trust ratio"
 
 
 def test_fused_lamb_is_ours_without_cuda_kernels(apex, cuda, monkeypatch):

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from pretraining_runs import assembled, make_files, run, values
+from pretraining_runs import LENGTH, VOCAB_SIZE, assembled, make_files, run, values
+from shard_factory import write_shard
 
 from data.packing import fill_multiple, fullest_micro_batch, micro_batches, pack_step, sequence_lengths
 from data.shards import StepDataset
@@ -138,6 +139,14 @@ def test_a_whole_run_without_padding_learns_the_same(files, tmp_path):
         assert len(packed) == len(padded) > 0
         if column != "tokens_per_second":
             assert packed == pytest.approx(padded, rel=1e-3), column
+
+
+def test_longer_sequences_to_evaluate_on_count_too(files, tmp_path):
+    """What attends is told the longest of both; graphs are captured for those that are trained on."""
+    write_shard(tmp_path / "short/shard_0.hdf5", count=20, length=LENGTH - 4, vocab_size=VOCAB_SIZE)
+    flags = files.flags(tmp_path, input_dir=tmp_path / "short", eval_dir=files.heldout, unpad="True", **NO_ADAPTERS)
+    begun = assembled(flags)
+    assert (begun.sequence_length, begun.longest) == (LENGTH - 4, LENGTH)
 
 
 def test_dropout_and_a_resume_without_padding(files, tmp_path):

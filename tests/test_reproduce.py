@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import reproduction_runs
 import torch
 from finetuning_runs import sentences, write, write_questions, write_sst2, write_stsb
 from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_step
@@ -354,6 +355,33 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
         {"x": ["C"], "y": []},
         {"x": ["C"], "y": ["d"]},
     ]
+
+
+def test_branches_begin_with_their_checkpoint_and_finetunings_with_the_end_of_their_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags(data, tmp_path, "--parallel", "2")])
+    args = reproduce.parse_arguments()
+    plan = reproduce.plan_for_data(args)
+    planned = reproduce.planned_jobs(args, plan, [{}])
+    assert all(planned[name].ready(planned.keys()) for name in ("dense", "slope"))
+    assert [name for name, one in planned.items() if one.alone] == list(RECIPES)
+    for name, source, step in (("lazy_10", "slope", 36), ("pruned_half", "dense", 20)):
+        assert not planned[name].ready(planned.keys())
+        assert planned[name].ready(planned.keys() - {source})
+        write(plan.checkpoint(source, step), "")
+        assert planned[name].ready(planned.keys())
+    assert not planned["slope, SQuAD"].ready({"slope", "dense"})
+    assert planned["slope, SQuAD"].ready({"dense"})
+    for one in planned.values():
+        one.job.close()
+
+
+def test_a_branch_copies_no_line_that_is_being_written(tmp_path):
+    write(tmp_path / "source.csv", "step,loss,rate\n1,2.5,1\n2,2.25,1\n3,2.0,1\n2,1.")
+    reproduction_runs._copy_rows(tmp_path / "source.csv", tmp_path / "target.csv", 2)
+    assert (tmp_path / "target.csv").read_text().split() == ["step,loss,rate", "1,2.5,1", "2,2.25,1"]
+    write(tmp_path / "source.json", 'DLLL {"step": 1}\nDLLL {"st')
+    reproduction_runs._copy_lines(tmp_path / "source.json", tmp_path / "target.json")
+    assert (tmp_path / "target.json").read_text() == 'DLLL {"step": 1}\n'
 
 
 # ----------------------------------------------------------------------------------------------------------- commands

@@ -66,6 +66,12 @@ def test_the_report_says_what_is_to_be_explained_and_what_is_unfinished(logged):
     assert "to be explained" not in (logged / "report.md").read_text()
 
 
+def test_a_row_that_is_being_written_does_not_count(logged, capsys):
+    with (logged / "dense" / f"{PREFIX}_metrics.csv").open("a") as file:
+        file.write("61,1.9,4")
+    assert report_rows(logged, capsys)["steps"] == ["60", "60", "40 of 60"]
+
+
 def test_speed_of_the_pruned_run_is_that_after_pruning(logged, capsys):
     write_log(logged, "pruned_half", [5.0] * 60)
     path = logged / "pruned_half" / f"{PREFIX}_metrics.csv"

@@ -243,20 +243,54 @@ def test_one_command_launches_each_number_of_processes(tmp_path):
     assert len({line.count("|") for line in table}) == 1
     for once in ("2 sparse layers 16 -> 32", "Measured in"):  # what runs them, and how long all launches took
         assert ended.stdout.count(once) == 1
-    more = tmp_path / "more.json"
-    only = ("--models", "dense", "--accumulations", "1", "--processes", "2", "--earlier", f"{file}")
-    ended = run_scaling(*flags_of(model, *only, "--output", f"{more}"))
+    content["rows"] = content["rows"][:4]
+    file.write_text(json.dumps(content))
+    more, only = tmp_path / "more.json", ("--models", "dense", "--accumulations", "1", "--processes", "2")
+    ended = run_scaling(*flags_of(model, *only, "--earlier", f"{file}", "--output", f"{more}"))
     assert ended.returncode == 0, ended.stderr
     rows = json.loads(more.read_text())["rows"]
-    assert rows[: len(cells)] == content["rows"]
-    assert [(row["processes"], row["model"], row["gradients"]) for row in rows[len(cells) :]] == [
+    assert rows[:4] == content["rows"]
+    assert [(row["processes"], row["model"], row["gradients"]) for row in rows[4:]] == [
         (2, "dense", kind) for kind in ("fp32", "bf16")
     ]
-    ended = run_scaling(*flags_of(model, *only, "--optimizer", "lamb"))
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert (
-        f"--earlier {file}: is of tiny, 2 x 16 tokens a process and micro-step, bf16, fused-lamb, not" in ended.stderr
-    )
+
+
+EARLIER = {
+    "rows": [
+        {
+            **{"table": "TITLE", "processes": 1, "efficiency": None, "not_hidden": None, "step": None},
+            "gpu": {"sm_mhz": None, "watts": None, "power_capped": None},
+        }
+    ],
+    "environment": {"gpu": "a processor", "torch": torch.__version__},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"rows": [EARLIER["rows"][0] | {"table": "another step"}]}, "is of another step, not of tiny, 2 x 16 tokens"),
+        ({"rows": [EARLIER["rows"][0] | {"processes": 2}]}, "holds 2 processes already"),
+        (
+            {"environment": {"gpu": "a processor", "torch": "1.0"}},
+            "is of a processor and torch 1.0: not this machine's",
+        ),
+        ({"rows": [{"a": 1}]}, "holds no rows of this benchmark"),
+        ({"rows": 3}, "holds no rows of this benchmark"),
+        ({"environment": None}, "holds no rows of this benchmark"),
+    ],
+)
+def test_earlier_rows_must_be_of_the_same_step_and_machine(change, message, read, monkeypatch, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE")
+    args = read("--processes", "2", "--earlier", f"{tmp_path / 'earlier.json'}")
+    text = json.dumps(EARLIER | change).replace("TITLE", scaling.title(args))
+    (tmp_path / "earlier.json").write_text(text)
+    if message is None:
+        assert scaling.read_earlier(args)["rows"][0]["processes"] == 1
+    else:
+        with pytest.raises(scaling.UsageError, match=f"^--earlier .*: {message}"):
+            scaling.read_earlier(args)
 
 
 def check_bytes(rows: dict) -> None:

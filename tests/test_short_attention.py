@@ -8,10 +8,11 @@ import torch
 from interpreter import run_interpreted
 
 import kernels
+from kernels.build import KernelsUnavailable
 from modeling import BertConfig
 from training.distributed import World
 from training.errors import UsageError
-from training.pretraining import attends_shortly
+from training.pretraining import PretrainingRun, attends_shortly
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 
@@ -31,7 +32,8 @@ def test_the_kernels_in_tritons_interpreter():
         ({"heads": 4}, "attention heads of size 24"),
     ],
 )
-def test_short_attention_is_refused_where_it_cannot_run(change, reason):
+def test_short_attention_is_refused_where_it_cannot_run(change, reason, monkeypatch):
+    monkeypatch.setattr("kernels.lamb.check_device", lambda device: None)
     case = {"attention": "short", "device": "cuda", "unpadded": True, "longest": 128, "heads": 3} | change
     config = BertConfig(**SIZES, hidden_size=96, num_attention_heads=case["heads"])
     args, world = SimpleNamespace(attention=case["attention"]), World(0, 1, 0, torch.device(case["device"]))
@@ -43,7 +45,35 @@ def test_short_attention_is_refused_where_it_cannot_run(change, reason):
             attends_shortly(*ask)
 
 
+def refuse(device):
+    raise KernelsUnavailable("Triton needs a C compiler: install gcc, or set CC")
+
+
+def test_a_machine_that_cannot_compile_is_told_before_the_first_step(monkeypatch):
+    monkeypatch.setattr("kernels.lamb.check_device", refuse)
+    config = BertConfig(**SIZES, hidden_size=96, num_attention_heads=3)
+    with pytest.raises(UsageError, match="^--attention short: Triton needs a C compiler"):
+        attends_shortly(SimpleNamespace(attention="short"), config, True, 128, World(0, 1, 0, torch.device("cuda")))
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_what_a_run_is_told_reaches_the_model(short):
+    seen = []
+
+    def model(ids, types, attention, masked):
+        seen.append(attention)
+        return None, None
+
+    run = PretrainingRun.__new__(PretrainingRun)
+    run.longest, run.short_attention, run.loss_sums = 128, short, lambda *scores: (0, 0)
+    names = ("input_ids", "token_type_ids", "positions", "masked_positions", "masked_labels", "next_sentence_labels")
+    part = {name: torch.zeros(4, dtype=torch.int64) for name in names}
+    run.forward(model, part | {"boundaries": torch.tensor([0, 3, 4])})
+    assert (seen[0].short, seen[0].longest) == (short, 128)
+
+
 def test_without_triton_that_is_the_reason(monkeypatch):
+    monkeypatch.setattr("kernels.lamb.check_device", lambda device: None)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "kernels.short_attention", raising=False)
     monkeypatch.delattr(kernels, "short_attention", raising=False)

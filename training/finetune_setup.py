@@ -10,7 +10,7 @@ from modeling import BertConfig
 from optimization import DECAYS, OPTIMIZERS
 from training.assembly import Source, read_source
 from training.errors import UsageError
-from training.flags import add_precision_flags, add_switch, real, settle_precision, whole
+from training.flags import add_precision_flags, add_switch, parse_seeds, real, settle_precision, whole
 from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
 
 
@@ -89,18 +89,11 @@ def settle_finetuning_flags(args) -> None:
         args.fp16 = True
         args.given_on_command_line.add("fp16")
     settle_precision(args)
-    args.seed_list = [args.seed] if args.seeds is None else _parse_seeds(args.seeds)
+    args.seed_list = [args.seed] if args.seeds is None else parse_seeds(args.seeds, "--seeds")
     if args.init_checkpoint is None and args.bert_model is not None and Path(args.bert_model).is_dir():
         args.init_checkpoint = args.bert_model
     if args.init_checkpoint is None:
         raise UsageError("--init_checkpoint: must name a checkpoint or a Hugging Face folder (nothing is downloaded)")
-
-
-def _parse_seeds(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
-        raise UsageError(f"--seeds {text}: must be different whole numbers with commas, such as 0,1,2")
-    return [int(word) for word in words]
 
 
 @dataclass(frozen=True)

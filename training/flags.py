@@ -32,6 +32,18 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "N"
 
 
+def parse_seeds(text: str, flag: str) -> list[int]:
+    """Different whole numbers with commas.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise UsageError(f"{flag} {text}: must be different whole numbers with commas, such as 0,1,2")
+    return [int(word) for word in words]
+
+
 def run_door(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UsageError` becomes one line on stderr and exit code 2.
 

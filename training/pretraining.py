@@ -99,7 +99,11 @@ def attends_shortly(args, config: BertConfig, unpadded: bool, longest: int, worl
     if args.attention == "flash":
         return False
     try:
+        from kernels.lamb import check_device
         from kernels.short_attention import HEAD_SIZES, LONGEST
+
+        if world.device.type == "cuda":
+            check_device(world.device)
     except KernelsUnavailable as reason:
         raise UsageError(f"--attention short: {reason}") from reason
     head = config.hidden_size // config.num_attention_heads
@@ -133,7 +137,8 @@ class PretrainingRun:
         if heldout is not None:
             heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, heldout.files[0].parent)
             self.heldout_masking = self.masking | {"mask_token_id": heldout_mask, "seed": HELDOUT_SEED}
-        self.build_engine(model, shards.sequence_length)
+        both = [part.sequence_length for part in (shards, heldout) if part is not None]
+        self.build_engine(model, shards.sequence_length, max(both))
         self.adapter_step = adapter_step(args, start, bool(sparsity.lora_rank))
         self.step, self.samples, self.loss_total = start.step, 0, 0.0
         self.saved_step = None if start.checkpoint is None else start.step
@@ -142,15 +147,19 @@ class PretrainingRun:
             self.start = replace(start, source=None, checkpoint=None)
         self.dataset = self.training_steps()
 
-    def build_engine(self, model, sequence_length: int) -> None:
-        """How micro-steps of `sequence_length` run: on the plain path of a CPU, compiled and captured on a GPU."""
+    def build_engine(self, model, sequence_length: int, longest: int | None = None) -> None:
+        """How micro-steps of `sequence_length` run: on the plain path of a CPU, compiled and captured on a GPU.
+
+        Args:
+            longest: tokens of any sequence, where evaluations have longer ones.
+        """
         args, on_gpu = self.args, self.world.device.type == "cuda"
         self.notes: list[str] = []  # what the log begins with, besides the run's description
-        self.longest = sequence_length
+        self.sequence_length, self.longest = sequence_length, longest or sequence_length
         unpadded = unpads(args, self.config, self.sparsity, self.world)
         multiple = fill_multiple(self.local_batch_size, sequence_length)
         self.pack_multiple = multiple if unpadded else None
-        self.short_attention = attends_shortly(args, self.config, unpadded, sequence_length, self.world)
+        self.short_attention = attends_shortly(args, self.config, unpadded, self.longest, self.world)
         compiled = on_gpu and not args.no_compile
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
@@ -338,7 +347,7 @@ class PretrainingRun:
         shares = shares.to(device, non_blocking=True)
         parts = [part | {"shares": shares} for part in micro_batches(self.on_device(batch))]
         if self.pack_multiple is not None:
-            engine.prepare(lambda: fullest_micro_batch(parts[0], self.longest, self.pack_multiple))
+            engine.prepare(lambda: fullest_micro_batch(parts[0], self.sequence_length, self.pack_multiple))
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for micro_step, part in enumerate(parts):
             seed_dropout(self.args.seed, step, micro_step, self.world.rank)
