@@ -36,6 +36,16 @@ def test_joined_products_and_gradients_are_those_of_the_layers(m, kernels, monke
     assert len(products) == 2, "one forward, one input gradient"
 
 
+@pytest.mark.parametrize("make", [sparse_layers, lambda: [nn.Linear(IN, out) for out in OUTS]], ids=["2:4", "dense"])
+def test_compiled_it_is_one_graph_and_the_same(make):
+    layers = make()
+    join(layers, [40])
+    expected = results_of(layers, together)
+    torch.compiler.reset()
+    compiled = torch.compile(together, backend="aot_eager", fullgraph=True)
+    assert_same(results_of(layers, compiled), expected)
+
+
 def test_joint_operands_follow_values_masks_and_the_second_choice():
     layers = sparse_layers()
     join(layers, [40])
