@@ -280,7 +280,7 @@ COLUMNS = {
 
 # -------------------------------------------------------------------------------------------------------- all launches
 def launch(processes: int, args, folder: Path) -> dict:
-    """Let torchrun run this script with so many processes; what they wrote.
+    """Let torchrun run this script with so many processes; what they wrote. Its rows are shown as they come, on stderr.
 
     Raises:
         UsageError: when they failed; they have said why.
@@ -294,7 +294,7 @@ def launch(processes: int, args, folder: Path) -> dict:
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     variables = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun's own default, which it would talk about
-    code = subprocess.run([*torchrun, __file__, *words], env=variables, stdout=subprocess.DEVNULL).returncode
+    code = subprocess.run([*torchrun, __file__, *words], env=variables, stdout=sys.stderr).returncode
     if code:
         raise UsageError(f"--processes {processes}: torchrun ended with exit code {code}; the reason stands above")
     return json.loads(output.read_text())
