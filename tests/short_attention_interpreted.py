@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo
 from attention_checks import (
     check,
     check_equal_bits,
     check_nothing_behind_a_sequence_is_touched,
     check_other_strides,
 )
-from test_compiled_parts import CONFIG, batch_of, results_of
+from test_compiled_parts import CONFIG, LENGTHS, batch_of, results_of
 
 from modeling import BertForPreTraining, compiled_parts
 
@@ -44,17 +45,22 @@ def test_other_strides():
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_model_learns_what_it_does_with_flash_attention(compiled):
-    """Losses and gradients, with query, key and value as one product; the compiler sees whole graphs."""
+    """Losses and gradients, with query, key and value as one product; whole graphs, one for all numbers of tokens."""
     torch.manual_seed(0)
+    torch.compiler.reset()
     model = BertForPreTraining(replace(CONFIG, hidden_size=64, intermediate_size=128))
-    batch = batch_of([8, 20, 11, 9])
-    expected = results_of(model, batch, torch.float16)
-    batch.packing = batch.packing._replace(short=True)
+    batches = [batch_of(lengths) for lengths in LENGTHS]
+    right = [results_of(model, batch, torch.float16) for batch in batches]
     if compiled:
         for part in compiled_parts(model):
             part.compile(dynamic=True, backend="aot_eager", fullgraph=True)
-    losses, gradients = results_of(model, batch, torch.float16)
-    assert losses == pytest.approx(expected[0], rel=2e-3)
-    for name, gradient in expected[1].items():
-        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is 0, but for rounding
-            assert (gradients[name] - gradient).norm() < 0.03 * gradient.norm(), name
+    counted, graphs = torch._dynamo.utils.counters["stats"], []
+    for batch, expected in zip(batches, right, strict=True):
+        batch.packing = batch.packing._replace(short=True)
+        losses, gradients = results_of(model, batch, torch.float16)
+        graphs.append(counted["unique_graphs"])
+        assert losses == pytest.approx(expected[0], rel=2e-3)
+        for name, gradient in expected[1].items():
+            if not name.endswith("key.bias"):  # softmax does not see it: its gradient is 0, but for rounding
+                assert (gradients[name] - gradient).norm() < 0.03 * gradient.norm(), name
+    assert len(set(graphs)) == 1 and (graphs[0] > 0) == compiled
