@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compare_finetuning import TASKS
 from reproduction_report import measure_density, write_report
-from reproduction_runs import RECIPES, ROOT, Plan, Settings
+from reproduction_runs import RECIPES, ROOT, STANDARD, Plan, Settings
 from run_processes import Command, Job, Planned, Processes, StopRequestedError, gpu_places, shown
 
 from data.shard_files import ShardSet
@@ -56,7 +56,12 @@ def parse_arguments(argv: list[str] | None = None):
     files.add_argument("--nproc", default=os.cpu_count(), type=whole(1), help="processes that make the data")
     add_switch(files, "--skip_data", "make no data: they are all in --data_dir")
     runs = parser.add_argument_group("what to run")
-    runs.add_argument("--only", metavar="NAMES", help=f"some runs, with commas: {','.join(RECIPES)}")
+    extra = ",".join(name for name in RECIPES if name not in STANDARD)
+    runs.add_argument(
+        "--only",
+        metavar="NAMES",
+        help=f"some runs, with commas: {','.join(STANDARD)}; or what is else not run: {extra}",
+    )
     add_switch(runs, "--skip_finetuning", "pretrain alone")
     runs.add_argument("--tasks", metavar="NAMES", default=",".join(TASKS), help="to fine-tune on, with commas")
     runs.add_argument("--parallel", default=1, type=whole(1), metavar="N", help="fine-tunings at a time on each GPU")
@@ -77,7 +82,7 @@ def parse_arguments(argv: list[str] | None = None):
     )
     training.add_argument("--finetune_steps", type=whole(1), help="cut every fine-tuning short, to try the command")
     args = parse_flags(parser, argv)
-    args.names = _chosen(args.only or ",".join(RECIPES), RECIPES, "--only")
+    args.names = _chosen(args.only or ",".join(STANDARD), RECIPES, "--only")
     args.task_names = [] if args.skip_finetuning else _chosen(args.tasks, TASKS, "--tasks")
     args.output_dir = Path(args.output_dir).resolve()  # one spelling: runs remember the paths that they began from
     args.data_dir = Path(args.data_dir).resolve() if args.data_dir else args.output_dir / "data"

@@ -42,6 +42,8 @@ class Recipe:
     """Tenths of the steps."""
     new_phase: bool = False
     """Pruned there: a dense model may become sparse only where a phase begins."""
+    extra: bool = False
+    """Run by `--only` alone: what a gap may come from."""
     keep: int = 2
     """Checkpoints: so many that those where others branch off are among them at the end."""
 
@@ -54,7 +56,11 @@ RECIPES = {
     "lazy_1": Recipe("SLoPe, rank {rank} in the last 1%", (*LAZY, "0.01"), "slope", 9),
     "lazy_10": Recipe("SLoPe, rank {rank} in the last 10%", (*LAZY, "0.1"), "slope", 9),
     "pruned_half": Recipe("dense, pruned half-way", SPARSE, "dense", 5, new_phase=True),
+    "slope_random": Recipe("SLoPe, random masks", (*SPARSE, "--mask_init", "random"), extra=True),
+    "slope_fixed": Recipe("SLoPe, W^{{R,C}} chosen once", (*SPARSE, "--double_prune_interval", "0"), extra=True),
+    "slope_but_attention": Recipe("SLoPe, attention dense", (*SPARSE, "--skip_attention", "True"), extra=True),
 }
+STANDARD = [name for name, recipe in RECIPES.items() if not recipe.extra]
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-import reproduction_runs
 import torch
 from finetuning_runs import sentences, write, write_questions, write_sst2, write_stsb
 from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_step
 from reproduction_calls import call, flags, report_rows, reproduce, run_processes, settings
 from reproduction_data import HIDDEN, Forked, make_data
 from reproduction_report import MARKERS  # scripts, found through reproduction_calls
-from reproduction_runs import PREFIX, RECIPES, Plan
+from reproduction_runs import PREFIX, RECIPES, STANDARD, Plan, _copy_lines, _copy_rows
 from run_processes import Command, Planned, Processes
 
 import run_glue
@@ -77,7 +76,7 @@ def whole(data, tmp_path_factory) -> Path:
 # --------------------------------------------------------------------------------------------------------------- whole
 def test_all_runs_have_the_same_steps_and_the_same_data(whole):
     tokens = {}
-    for name in RECIPES:
+    for name in STANDARD:
         rows = metrics(whole / name, PREFIX)
         assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
         tokens[name] = [round(6 * float(r["tokens_per_second"]) / float(r["sequences_per_second"])) for r in rows]
@@ -88,9 +87,9 @@ def test_all_runs_have_the_same_steps_and_the_same_data(whole):
 
 
 def test_runs_are_what_their_names_say(whole):
-    adapters = {name: sum(row["adapters"] == "1" for row in metrics(whole / name, PREFIX)) for name in RECIPES}
+    adapters = {name: sum(row["adapters"] == "1" for row in metrics(whole / name, PREFIX)) for name in STANDARD}
     assert adapters == {"dense": 0, "slope": 0, "lazy_1": 1, "lazy_10": 4, "pruned_half": 0}
-    for name in RECIPES:
+    for name in STANDARD:
         sparsity = checkpoint(whole / name, STEPS)["sparsity"]
         assert sparsity["pruned_matrix"] == ("none" if name == "dense" else "static-weight")
         assert sparsity["lora_rank"] == (HIDDEN // 16 if name.startswith("lazy") else 0)
@@ -106,7 +105,7 @@ def test_the_pruned_run_is_dense_before_and_follows_its_rates_after(whole):
 
 
 def test_every_run_is_finetuned_from_its_last_checkpoint(whole):
-    for name in RECIPES:
+    for name in STANDARD:
         for task, seeds in (("STS-B", 2), ("SST-2-shaped", 2), ("QNLI-shaped", 2), ("SQuAD", 1)):
             results = json.loads((whole / name / "finetune" / task / "eval_results.json").read_text())
             assert len(results["seeds"]) == seeds
@@ -124,7 +123,7 @@ def test_the_report_stands_in_the_document_too(whole):
     assert (whole / "curves.png").stat().st_size > 20_000
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line[:1] == "|"]
     rows = {row[0]: row[1:] for row in table}
-    assert rows[""] == [recipe.title.format(rank=HIDDEN // 16) for recipe in RECIPES.values()]
+    assert rows[""] == [RECIPES[name].title.format(rank=HIDDEN // 16) for name in STANDARD]
     assert rows["steps"] == [str(STEPS)] * 5
     assert rows["density of W^R (2:4: 0.5)"] == ["1.0000", *["0.5000"] * 4]
     backward = [float(cell) for cell in rows["density of W^{R,C} (the formula, 2:4: 0.40625)"]]
@@ -363,7 +362,7 @@ def test_branches_begin_with_their_checkpoint_and_finetunings_with_the_end_of_th
     plan = reproduce.plan_for_data(args)
     planned = reproduce.planned_jobs(args, plan, [{}])
     assert all(planned[name].ready(planned.keys()) for name in ("dense", "slope"))
-    assert [name for name, one in planned.items() if one.alone] == list(RECIPES)
+    assert [name for name, one in planned.items() if one.alone] == STANDARD
     for name, source, step in (("lazy_10", "slope", 36), ("pruned_half", "dense", 20)):
         assert not planned[name].ready(planned.keys())
         assert planned[name].ready(planned.keys() - {source})
@@ -377,10 +376,10 @@ def test_branches_begin_with_their_checkpoint_and_finetunings_with_the_end_of_th
 
 def test_a_branch_copies_no_line_that_is_being_written(tmp_path):
     write(tmp_path / "source.csv", "step,loss,rate\n1,2.5,1\n2,2.25,1\n3,2.0,1\n2,1.")
-    reproduction_runs._copy_rows(tmp_path / "source.csv", tmp_path / "target.csv", 2)
+    _copy_rows(tmp_path / "source.csv", tmp_path / "target.csv", 2)
     assert (tmp_path / "target.csv").read_text().split() == ["step,loss,rate", "1,2.5,1", "2,2.25,1"]
     write(tmp_path / "source.json", 'DLLL {"step": 1}\nDLLL {"st')
-    reproduction_runs._copy_lines(tmp_path / "source.json", tmp_path / "target.json")
+    _copy_lines(tmp_path / "source.json", tmp_path / "target.json")
     assert (tmp_path / "target.json").read_text() == 'DLLL {"step": 1}\n'
 
 
@@ -397,6 +396,20 @@ def test_a_dry_run_prints_what_would_run_and_makes_nothing(tmp_path, capsys):
     assert {args.lora_rank for door, args in parsed if door == "run_pretraining.py"} == {48}
     assert {args.seeds for door, args in parsed if door == "run_glue.py"} == {"0,1,2"}
     assert not list(tmp_path.iterdir())
+
+
+def test_extra_runs_are_made_on_demand(data, tmp_path, capsys):
+    names = {"slope_random": "--mask_init random", "slope_fixed": "--double_prune_interval 0",
+             "slope_but_attention": "--skip_attention True"}  # fmt: skip
+    words = flags(data, tmp_path / "out", "--dry_run", "--only", ",".join(names), "--skip_finetuning")
+    assert call(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert len(lines) == len(names)
+    for line, (name, words) in zip(lines, names.items(), strict=True):
+        assert f"{tmp_path}/out/{name}" in line and line.endswith(f"--pruned_matrix static-weight {words}")
+        run_pretraining.parse_arguments(shlex.split(line)[2:])
+    titles = [settings().title(name) for name in names]
+    assert titles == ["SLoPe, random masks", "SLoPe, W^{R,C} chosen once", "SLoPe, attention dense"]
 
 
 def test_only_and_no_finetuning(data, tmp_path, capsys):
