@@ -33,7 +33,7 @@ except ImportError as error:
     raise KernelsUnavailable(f"no Triton ({error}): it comes with every CUDA build of torch for Linux") from error
 
 LONGEST = 128  # tokens of a sequence
-HEAD_SIZES = (16, 32, 64)  # of 128, the backward pass would not fit into registers
+HEAD_SIZES = (16, 32, 64)  # with 128 the backward pass wants 128 KiB of shared memory, which not all GPUs have
 WARPS = 8  # two groups of four, each of which multiplies half of the rows
 
 
