@@ -53,7 +53,7 @@ class CutlassOperands(nn.Module):
     def reset(self, layer: SparseLinear) -> None:
         call_operands("forward_metadata", layer.mask_bits, self.metadata, *self._sizes(layer))
         if self.joint is not None:
-            self.joint.take_metadata(self)
+            self.joint.reset()
 
     def refresh(self, layer: SparseLinear, rechoose: bool) -> None:
         self.refresh_all([layer], rechoose)

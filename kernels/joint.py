@@ -27,7 +27,7 @@ class JointOperands(nn.Module):
 
     def __init__(self, layers: Sequence[SparseLinear]):
         super().__init__()
-        parts = [layer.operands for layer in layers]
+        self.parts = parts = [layer.operands for layer in layers]
         for name, dim in (("kept", 0), ("metadata", 1), ("kept_backward", 1), ("metadata_backward", 0), ("second", 0)):
             arrays = [getattr(part, name) for part in parts]
             joint = None if arrays[0] is None else torch.cat(arrays, dim)
@@ -37,16 +37,12 @@ class JointOperands(nn.Module):
                 if array is not None and name != "metadata":
                     setattr(part, name, joint.narrow(dim, first, array.shape[dim]))
                     first += array.shape[dim]
-        self.first_blocks, first = {}, 0  # of each layer's metadata
         for part in parts:
             part.joint = self
-            self.first_blocks[id(part)] = first
-            first += part.metadata.shape[1]
 
-    def take_metadata(self, part: CutlassOperands) -> None:
-        """That of W^R of one of the layers, whose mask is another one now."""
-        first = self.first_blocks[id(part)]
-        self.metadata[:, first : first + part.metadata.shape[1]] = part.metadata
+    def reset(self) -> None:
+        """A layer's mask is another one, and so its metadata of W^R."""
+        torch.cat([part.metadata for part in self.parts], 1, out=self.metadata)
 
     def forward(self, x: Tensor, layers: Sequence[SparseLinear]) -> Tensor:
         """Their outputs side by side, without biases, [..., all outputs]."""

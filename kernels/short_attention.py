@@ -62,11 +62,14 @@ def _with_bias(qkv, bias, places, inside, head, PART: tl.constexpr, HEADS: tl.co
 
 
 @triton.jit
-def _query_key_value(qkv, bias, places, inside, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
+def _inputs(qkv, bias, first, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr, LONGEST: tl.constexpr):
+    """Which rows have a token, where the head's numbers lie in `qkv`, and query, key and value."""
+    inside = (tl.arange(0, LONGEST) < length)[:, None]
+    places = _places(first, head, 3, HEADS, SIZE, LONGEST)
     q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
     k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
     v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
-    return q, k, v
+    return inside, places, q, k, v
 
 
 @triton.jit
@@ -123,9 +126,7 @@ def _attention_forward(
     first, length, head = _tokens(boundaries, HEADS)
     if length == 0:
         return
-    inside = (tl.arange(0, LONGEST) < length)[:, None]
-    places = _places(first, head, 3, HEADS, SIZE, LONGEST)
-    q, k, v = _query_key_value(qkv, bias, places, inside, head, HEADS, SIZE)
+    inside, _, q, k, v = _inputs(qkv, bias, first, length, head, HEADS, SIZE, LONGEST)
     p = _probabilities(q, k, length, log2_scale, LONGEST)
     if DROPOUT:
         p = tl.where(_kept(first, head, seed, threshold, HEADS, LONGEST), p * kept_scale, 0.0)
@@ -154,9 +155,7 @@ def _attention_backward(
     first, length, head = _tokens(boundaries, HEADS)
     if length == 0:
         return
-    inside = (tl.arange(0, LONGEST) < length)[:, None]
-    places = _places(first, head, 3, HEADS, SIZE, LONGEST)
-    q, k, v = _query_key_value(qkv, bias, places, inside, head, HEADS, SIZE)
+    inside, places, q, k, v = _inputs(qkv, bias, first, length, head, HEADS, SIZE, LONGEST)
     grad = tl.load(grad_out + _places(first, head, 1, HEADS, SIZE, LONGEST), mask=inside, other=0.0)
     p = _probabilities(q, k, length, log2_scale, LONGEST)
     grad_p = tl.dot(grad, tl.trans(v))

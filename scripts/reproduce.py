@@ -223,10 +223,9 @@ def reproduce(args) -> None:
 
 def planned_jobs(args, plan: Plan, gpus: Sequence[dict]) -> dict[str, Planned]:
     """All runs, each on a GPU of its own, and their fine-tunings, which share them."""
-    places = [*gpus] * args.parallel
 
     def pretrain_and_report(name: str) -> Job:
-        yield from pretrain(plan, name, log_beside(plan.directory(name), gpus))
+        yield from pretrain(plan, name, log_beside(plan.directory(name), len(gpus)))
         report(args)  # after each run, for who looks in
 
     def can_begin(name: str, unfinished: Collection[str]) -> bool:
@@ -237,7 +236,7 @@ def planned_jobs(args, plan: Plan, gpus: Sequence[dict]) -> dict[str, Planned]:
     }
     finetunings = {
         f"{name}, {task}": Planned(
-            finetune(plan, name, task, log_beside(plan.finetuning_directory(name, task), places)),
+            finetune(plan, name, task, log_beside(plan.finetuning_directory(name, task), len(gpus) * args.parallel)),
             lambda unfinished, name=name: name not in unfinished,
         )
         for name, task in product(args.names, args.task_names)
@@ -245,9 +244,9 @@ def planned_jobs(args, plan: Plan, gpus: Sequence[dict]) -> dict[str, Planned]:
     return pretrainings | finetunings
 
 
-def log_beside(directory: Path, places: list) -> Path | None:
+def log_beside(directory: Path, at_a_time: int) -> Path | None:
     """For the output of a run that others run beside."""
-    return directory / "run.log" if len(places) > 1 else None
+    return directory / "run.log" if at_a_time > 1 else None
 
 
 def report(args, docs: Path | None = None) -> str:

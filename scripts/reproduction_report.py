@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")  # a picture in a file, on machines without a screen
 import matplotlib.pyplot as plt
 from compare_finetuning import TASKS
-from reproduction_runs import RECIPES, SQUAD_SEED, Settings, finetuning_directory, metrics_name
+from reproduction_runs import RECIPES, SQUAD_SEED, Settings, finetuning_directory, metrics_name, whole_rows
 
 from data.stages import write_atomic
 from sparse_ops import named_layers, sparsity_report
@@ -107,9 +107,8 @@ def read_logs(output_dir: Path, settings: Settings) -> dict[str, RunLog]:
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
     try:
-        with path.open(newline="") as file:
-            whole = (row for row in csv.DictReader(file) if None not in row.values())  # else it is being written
-            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in whole]
+        header, *cells = whole_rows(path) or [[]]
+        rows = [{name: float(cell) for name, cell in zip(header, row, strict=True) if cell} for row in cells]
         for row in rows:
             row["step"], row["sequences_per_second"], row["tokens_per_second"], row["mlm_loss"], row["adapters"]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:

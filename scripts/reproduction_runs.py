@@ -283,12 +283,17 @@ def metrics_name() -> str:
     return f"{PREFIX}_metrics.csv"
 
 
+def whole_rows(metrics: Path) -> list[list[str]]:
+    """The rows of a run's metrics, header first; not the beginning of one that is being written."""
+    with metrics.open(newline="") as file:
+        rows = list(csv.reader(file))
+    return rows[:-1] if rows and len(rows[-1]) < len(rows[0]) else rows
+
+
 def _copy_rows(source: Path, target: Path, last_step: int) -> None:
-    """The rows up to `last_step`, as they are written; not the beginning of one that is being written."""
-    with source.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    whole = [row for row in rows if len(row) == len(header)]
-    kept = [row for row in whole if row[0].isdigit() and int(row[0]) <= last_step]
+    """The rows up to `last_step`, as they are written."""
+    header, *rows = whole_rows(source)
+    kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= last_step]
     with atomic_path(target) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([header, *kept])
 

@@ -53,10 +53,7 @@ class _Place:
     environment: Mapping[str, str]
     """What a command there has besides this process's."""
     free: int
-    slots: int
-
-    def has_room(self, slots: int) -> bool:
-        return self.free >= slots
+    """Slots."""
 
 
 @dataclass
@@ -103,14 +100,14 @@ class Processes:
             StopRequestedError: a signal came.
             UsageError: from a job, as soon as all commands have ended; those of other jobs were told to.
         """
-        waiting, rooms = dict(planned), [_Place(place, slots, slots) for place in places]
+        waiting, rooms = dict(planned), [_Place(place, slots) for place in places]
         try:
             while waiting or self.running:
-                self._begin_what_can(waiting, rooms)
+                self._begin_what_can(waiting, rooms, slots)
                 self._go_on_where_one_ended(planned)
                 if self.received is not None and not self.running:
                     raise StopRequestedError
-                time.sleep(LOOK_AGAIN if self.running else 0)
+                time.sleep(LOOK_AGAIN)
         finally:
             self._end_all()
             for running in self.running.values():
@@ -119,13 +116,13 @@ class Processes:
             for one in planned.values():
                 one.job.close()
 
-    def _begin_what_can(self, waiting: dict[str, Planned], rooms: list[_Place]) -> None:
+    def _begin_what_can(self, waiting: dict[str, Planned], rooms: list[_Place], all_slots: int) -> None:
         for name, one in list(waiting.items()):
             if not one.ready({*waiting, *self.running}):
                 continue
-            slots = rooms[0].slots if one.alone else 1
-            room = max((room for room in rooms if room.has_room(slots)), key=lambda room: room.free, default=None)
-            if room is not None:
+            slots = all_slots if one.alone else 1
+            room = max(rooms, key=lambda room: room.free)
+            if room.free >= slots:
                 self._go_on(name, waiting.pop(name).job, None, room, slots)
             elif one.alone:
                 return

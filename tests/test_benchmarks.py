@@ -377,3 +377,9 @@ def test_kernels_that_do_not_compile_are_one_line(on_processor, monkeypatch, tmp
     for flags in ((), ("--quick",)):
         with pytest.raises(UsageError, match="^no nvcc$"):
             run_main(setup_overhead, monkeypatch, *flags)
+
+
+def test_what_lies_within_another_tensor_counts_once():
+    whole, other = torch.zeros(100), torch.zeros(7, dtype=torch.int8)
+    assert memory.size_of([whole, whole, whole[10:30], other]) == 407
+    assert memory.size_of([whole[:20], whole[20:30]]) == 120

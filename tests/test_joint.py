@@ -49,6 +49,7 @@ def test_compiled_it_is_one_graph_and_the_same(make):
 def test_joint_operands_follow_values_masks_and_the_second_choice():
     layers = sparse_layers()
     join(layers, [40])
+    earlier = layers[2].second_kept
     with torch.no_grad():
         for layer in layers:
             layer.values.mul_(torch.linspace(-1, 2, layer.values.numel()).view_as(layer.values))
@@ -61,9 +62,9 @@ def test_joint_operands_follow_values_masks_and_the_second_choice():
     assert_same(
         results_of(layers, together)[:1], results_of([layers[0], on_cutlass(other, DTYPE), layers[2]], each_alone)[:1]
     )
-    kept = layers[1].second_kept
-    layers[1].set_second_kept(kept)
-    assert torch.equal(layers[1].second_kept, kept)
+    assert not torch.equal(layers[2].second_kept, earlier)
+    layers[2].set_second_kept(earlier)
+    assert torch.equal(layers[2].second_kept, earlier)
     assert_same(results_of(layers, together), results_of(layers, each_alone))
 
 

@@ -279,7 +279,7 @@ def test_on_two_gpus_runs_are_the_same_and_each_begins_where_it_branches_off(who
     words = flags(data, tmp_path, "--only", ",".join(names), "--tasks", "SST-2-shaped", "--parallel", "2")
     assert call(words, Watched) == 0
     assert events[:2] == [("dense", "begins on", "4"), ("slope", "begins on", "7")]
-    running = {"4": [], "7": []}
+    running, most = {"4": [], "7": []}, 0
     for name, what, *place in events:
         if what == "ended":
             next(names for names in running.values() if name in names).remove(name)
@@ -287,7 +287,8 @@ def test_on_two_gpus_runs_are_the_same_and_each_begins_where_it_branches_off(who
         beside, (_, *finetuning) = running[place[0]], name.split("/")
         assert len(beside) < 2 and all("/" in other for other in beside) if finetuning else not beside
         beside.append(name)
-    assert not any(running.values())
+        most = max(most, len(beside))
+    assert not any(running.values()) and most == 2, "two fine-tunings at a time on a GPU"
     for name in names:
         assert log_of(tmp_path, name) == log_of(whole, name)
         said = (tmp_path / name / "run.log").read_text()

@@ -227,6 +227,7 @@ def test_one_command_launches_each_number_of_processes(tmp_path):
     content = json.loads(file.read_text())
     shown = [line for line in ended.stderr.splitlines() if line.startswith("| 1 |") or line.startswith("| 2 |")]
     assert len(shown) == len(content["rows"]), "each launch shows its rows as they come"
+    assert not [line for line in ended.stderr.splitlines() if "warning" in line.lower() or "error" in line.lower()]
     cells = [(row["processes"], row["model"], row["accumulation"], row["gradients"]) for row in content["rows"]]
     alone = [(1, name, count, None) for name in ("dense", "slope") for count in (1, 2)]
     both = [(2, name, c, g) for name in ("dense", "slope") for g in ("fp32", "bf16") for c in (1, 2)]

@@ -98,17 +98,17 @@ def attends_shortly(args, config: BertConfig, unpadded: bool, longest: int, worl
     """
     if args.attention == "flash":
         return False
+    if world.device.type != "cuda":
+        raise UsageError("--attention short: cannot run with a CPU; leave it out")
     try:
         from kernels.lamb import check_device
         from kernels.short_attention import HEAD_SIZES, LONGEST
 
-        if world.device.type == "cuda":
-            check_device(world.device)
+        check_device(world.device)
     except KernelsUnavailable as reason:
         raise UsageError(f"--attention short: {reason}") from reason
     head = config.hidden_size // config.num_attention_heads
     reasons = {
-        "a CPU": world.device.type != "cuda",
         "padding computed (--unpad)": not unpadded,
         f"sequences of {longest} tokens": longest > LONGEST,
         f"attention heads of size {head}": head not in HEAD_SIZES,
