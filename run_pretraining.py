@@ -101,7 +101,7 @@ def parse_arguments(argv: list[str] | None = None):
     add_switch(optimizer, "--checkpoint_activations", "recompute activations in the backward pass, to save memory")
     speed = parser.add_argument_group("speed")
     add_switch(speed, "--no_compile", "no torch.compile, which a GPU's runs use")
-    add_switch(speed, "--no_cuda_graphs", "no CUDA graphs, which runs of one process on one GPU use")
+    add_switch(speed, "--no_cuda_graphs", "no CUDA graphs, which a GPU's runs use")
     speed.add_argument(
         "--unpad",
         default="auto",

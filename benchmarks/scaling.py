@@ -5,18 +5,18 @@
     torchrun --standalone --nproc_per_node 8 benchmarks/scaling.py --output 8.json    # one of these launches alone
     python3 benchmarks/scaling.py --processes 8 --earlier 4.json --output 8.json      # after a command with 1,2,4
 
-The step is run_pretraining.py's own (`PretrainingRun.give_step`: DDP, LAMB, losses summed over all processes), with
-random sequences, as many for each process whatever their number. Its learning rate is 0: the processes stay alike, also
-where their gradients are not averaged. In each launch three ways of taking it take turns, a sample each a round:
+The step is run_pretraining.py's own (`PretrainingRun.give_step`: CUDA graphs, LAMB, losses summed over all processes),
+with random sequences, as many for each process whatever their number. Its learning rate is 0: the processes stay alike,
+also where their gradients are not averaged. In each launch three ways of taking it take turns, a sample each a round:
 
     together    as in training: the last micro-step's backward pass averages the gradients over all processes
-    apart       as together, but under `no_sync`, so that no gradient is averaged
+    apart       as together, but no gradient is averaged
     alone       the first process takes the step by itself, while the others wait
 
 tokens/s      of all processes, together
 efficiency    alone / together: the time of a step on one GPU over that on all, the same work for each
 not hidden    together - apart: what averaging the gradients adds to a step, beyond what the backward pass hides
-all-reduced   bytes of the gradients that each process hands over in a step: counted, from the parameters
+all-reduced   bytes of the gradients that each process hands over in a step: of the buckets they lie in
 
 Times are the slowest process's, from all processes being idle until all are again. Medians of rounds; differences and
 ratios are taken round by round.
@@ -38,7 +38,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,7 +51,7 @@ from training.errors import UsageError
 from training.flags import Parser, read_json, real, run_door, whole
 
 CONFIG = Path(__file__).resolve().parent.parent / "config" / "bert_large_uncased_config.json"
-BYTES = {"fp32": 4, "bf16": 2}
+COMMUNICATIONS = ("fp32", "bf16")
 # Flags that a launch takes over from the command that starts it, besides --rounds.
 FORWARDED = (
     *("models", "accumulations", "gradient_communication", "dtype", "local_batch_size", "sequence_length"),
@@ -83,8 +82,8 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--gradient_communication",
-        type=names_among(tuple(BYTES)),
-        default=",".join(BYTES),
+        type=names_among(COMMUNICATIONS),
+        default=",".join(COMMUNICATIONS),
         metavar="A,B",
         help="what gradients are averaged in",
     )
@@ -133,15 +132,9 @@ def ways_of(step: TrainingStep) -> dict[str, TrainingStep]:
         return {"together": step}
     apart, alone = copy.copy(step), copy.copy(step)
     apart.engine, alone.engine = copy.copy(step.engine), copy.copy(step.engine)
-    apart.engine.accumulate = lambda last: step.engine.parallel.no_sync()
+    apart.engine.sums_gradients = alone.engine.sums_gradients = False
     alone.world = alone.engine.world = replace(step.world, size=1)
-    alone.engine.parallel = step.engine.model
     return {"together": step, "apart": apart, "alone": alone}
-
-
-def gradient_bytes(model: nn.Module, communication: str) -> int:
-    """Bytes that each process hands over in a step: every gradient once."""
-    return BYTES[communication] * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 # --------------------------------------------------------------------------------------------------------------- timing
@@ -201,14 +194,13 @@ def measure_model(model: str, args, world: World, report) -> list[str]:
             watching = GpuWatch() if world.device.type == "cuda" and world.is_main else None
             with watching or nullcontext():
                 rounds = Sampler(world, ways_of(step)).rounds(args.rounds, args.sample_seconds)
-            reduced = gradient_bytes(step.model, communication) if world.size > 1 else 0
             cell = {
                 "processes": world.size,
                 "model": model,
                 "accumulation": accumulation,
                 "gradients": communication if world.size > 1 else None,
                 **summary(rounds, flags.global_batch_size * args.sequence_length),
-                "all_reduced_bytes": reduced,
+                "all_reduced_bytes": step.engine.buckets.bytes if world.size > 1 else 0,
                 "gpu": watching.state if watching else GpuState(None, None, None),
             }
             report.row(cell)

@@ -196,17 +196,17 @@ class SharedGraphs(MicroStepGraphs):
         super().__init__(function, parameters, pool)
         self.rehearsing = True
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, summed: bool = False) -> Tensor:
         if self.rehearsing:
             self.capture(batch)
             return torch.zeros((), device=next(iter(batch.values())).device)
-        return super().__call__(batch)
+        return super().__call__(batch, summed)
 
-    def capture(self, batch: Batch) -> None:
+    def capture(self, batch: Batch, summed: bool = False) -> None:
         if self.rehearsing:
             super().rehearse({name: tensor.clone() for name, tensor in batch.items()})
         else:
-            super().capture(batch)
+            super().capture(batch, summed)
 
     def rehearse(self, inputs: Batch) -> None:
         """Done before anything was captured."""

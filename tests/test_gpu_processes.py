@@ -1,4 +1,4 @@
-"""run_pretraining.py on two GPUs, one process each, against one process: compiled blocks under DDP, over NCCL."""
+"""run_pretraining.py on two GPUs, one process each, against one process: compiled, NCCL's sums within CUDA graphs."""
 
 from __future__ import annotations
 

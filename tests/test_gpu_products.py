@@ -6,6 +6,7 @@ Skipped, with the reason, where there is no Hopper GPU or no way to compile the 
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from functools import partial
@@ -51,7 +52,6 @@ from kernels.backends import CutlassOperands, SemiStructuredOperands, refusal, s
 from kernels.joint import join
 from kernels.ops import sparse_mm
 from sparse_ops import DenseOperands, N, SparseLinear, nm_mask
-from training.engine import BUFFERS_STAY
 from training.errors import UsageError
 
 pytestmark = pytest.mark.gpu
@@ -251,7 +251,10 @@ def test_ddp_averages_the_gradients_of_the_values(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         model, (x, grad_y) = make_stack("cuda"), stack_sample("cuda")
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **BUFFERS_STAY)
+        wrap = nn.parallel.DistributedDataParallel
+        # Operands are buffers, and follow from the values. torch 2.13 renamed the argument.
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(wrap).parameters)
+        parallel = wrap(model, gradient_as_bucket_view=True, **{name: False})
         parallel(x).backward(grad_y)
         found = [parameter.grad.clone() for parameter in model.parameters()]
         del parallel

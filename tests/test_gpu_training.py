@@ -90,7 +90,7 @@ def make_batches(steps: int) -> list[dict[str, Tensor]]:
 def scores_of(engine: Engine, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     ids = batch["input_ids"]
     with engine.autocast():
-        return engine.parallel(ids, torch.zeros_like(ids), None, batch["masked_positions"])
+        return engine.model(ids, torch.zeros_like(ids), None, batch["masked_positions"])
 
 
 def train(engine: Engine, batches: list, join: int = 0, parts: int = 1, order: int | None = None) -> list[float]:

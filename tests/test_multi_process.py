@@ -78,14 +78,14 @@ def record_gradients(flags: list[str], result: Path) -> None:
         forwards += 1
         return forward(model, part)
 
-    def average(state, bucket):
-        syncs.append(forwards)
-        total = torch.distributed.all_reduce(bucket.buffer().div_(world.size), async_op=True).get_future()
-        return total.then(lambda reduced: reduced.value()[0])
+    def all_reduce(tensor, reduce=torch.distributed.all_reduce, **options):
+        if tensor.dtype == torch.float32:  # others are counts and losses
+            syncs.append(forwards)
+        return reduce(tensor, **options)
 
     with process_group(world):
         engine.connect()
-        engine.parallel.register_comm_hook(None, average)
+        torch.distributed.all_reduce = all_reduce
         begun.forward = count
         engine.step = lambda rate: taken.update({n: p.grad.clone() for n, p in engine.model.named_parameters()})
         losses = begun.losses_of(begun.give_step(1, uneven_batch(world.rank, world.size), Counts(6, 3, 0), 0.0))
@@ -116,7 +116,7 @@ def test_gradients_of_two_ranks_are_those_of_the_global_means_and_averaged_once(
             torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def record_averages(flags: list[str], result: Path) -> None:
+def record_sums(flags: list[str], result: Path) -> None:
     """Called in each rank in place of a run: its own gradients of the first step, and what the optimizer would get."""
     begun = assembled(flags)
     engine, taken = begun.engine, {}
@@ -124,13 +124,13 @@ def record_averages(flags: list[str], result: Path) -> None:
     def gradients(name: str) -> None:
         engine.step = lambda rate: taken.update({name: {n: p.grad.clone() for n, p in engine.model.named_parameters()}})
         begun.losses_of(begun.give_step(1, batch, counts, 0.0))
-        engine.optimizer.zero_grad()
+        engine.buckets.zero()
 
     with process_group(begun.world):
         engine.connect()
         batch, counts = begun.next_batch(step_loader(begun.dataset), StopSignal())
-        gradients("mean")
-        engine.accumulate = lambda last: engine.parallel.no_sync()
+        gradients("sum")
+        engine.sums_gradients = False
         gradients("own")
         engine.disconnect()
     torch.save(taken, f"{result}.{begun.world.rank}")
@@ -138,22 +138,22 @@ def record_averages(flags: list[str], result: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_gradients_averaged_in_bf16_are_the_means_rounded(files, tmp_path, ranks):
+def test_gradients_summed_in_bf16_are_the_sums_rounded(files, tmp_path, ranks):
     """Of sparse and dense weights, the same on all ranks. Each rank's part is rounded, and each sum of them."""
     flags = without_dropout(files, tmp_path / "out", gradient_communication="bf16")
-    prepare = functools.partial(record_averages, flags, tmp_path / "result")
+    prepare = functools.partial(record_sums, flags, tmp_path / "result")
     assert [rank.finish().code for rank in begin_ranks(flags, ranks, prepare)] == [0] * ranks
     found = [torch.load(f"{tmp_path / 'result'}.{rank}") for rank in range(ranks)]
     exact = 0
-    for name, rounded in found[0]["mean"].items():
-        assert all(torch.equal(rounded, other["mean"][name]) for other in found), name
+    for name, rounded in found[0]["sum"].items():
+        assert all(torch.equal(rounded, other["sum"][name]) for other in found), name
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, rounded.bfloat16().float()), f"{name} was not added up in bf16"
         own = torch.stack([one["own"][name] for one in found])
-        error, bound = (rounded - own.mean(0)).abs(), ranks * 2**-8 * own.abs().mean(0)
+        error, bound = (rounded - own.sum(0)).abs(), ranks * 2**-8 * own.abs().sum(0)
         assert (error <= 1.01 * bound + 1e-30).all(), name
-        exact += torch.equal(rounded, own.mean(0))
-    assert exact < len(found[0]["mean"])
+        exact += torch.equal(rounded, own.sum(0))
+    assert exact < len(found[0]["sum"])
 
 
 def test_losses_with_gradients_averaged_in_bf16_stay_near_fp32(files, tmp_path):
@@ -187,7 +187,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(files, tmp_path, numbe
     assert [step for step, _ in losses(tmp_path)] == list(range(1, last + 3))
 
 
-def free_ddp_after_its_group(flags: list[str]) -> None:
+def leave_tensors_to_let_go_of(flags: list[str]) -> None:
     """Called in each rank in place of a run: the group's threads have many tensors to let go of when it ends."""
     begun = assembled(flags)
     sys.setswitchinterval(1000)  # the interpreter's lock stays where it is unless a call lets go of it
@@ -195,14 +195,14 @@ def free_ddp_after_its_group(flags: list[str]) -> None:
         begun.engine.connect()
         for _ in range(500):
             torch.distributed.all_reduce(torch.ones(1), async_op=True)
-    begun.engine.parallel = None
+    begun.engine.disconnect()
     sys.exit(0)
 
 
-def test_ranks_end_when_ddp_is_freed_after_its_process_group(files, tmp_path):
-    """Were DDP the last to hold the group, it would wait for a thread that waits for the interpreter's lock."""
+def test_ranks_end_though_their_group_has_tensors_to_let_go_of(files, tmp_path):
+    """Its threads need the interpreter's lock for that, which this process must not hold to its end."""
     flags = files.flags(tmp_path)
-    ranks = begin_ranks(flags, 2, functools.partial(free_ddp_after_its_group, flags))
+    ranks = begin_ranks(flags, 2, functools.partial(leave_tensors_to_let_go_of, flags))
     assert [rank.finish(30).code for rank in ranks] == [0, 0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,20 +56,17 @@ def record_traffic(words: list[str], result) -> None:
     host, buckets, found = [], [], {}
     sums = torch.distributed.all_reduce
 
-    def count_sums(tensor, **options):
-        host.append(tensor.numel())
+    def count(tensor, **options):
+        if options.get("async_op"):
+            buckets.append(tensor.numel() * tensor.element_size())
+        else:
+            host.append(tensor.numel())
         return sums(tensor, **options)
-
-    def count_buckets(state, bucket):
-        buckets.append(bucket.buffer().numel() * bucket.buffer().element_size())
-        total = sums(bucket.buffer().div_(world.size), async_op=True).get_future()
-        return total.then(lambda reduced: reduced.value()[0])
 
     with scaling.process_group(world):
         step = scaling.TrainingStep(flags, config, world, LENGTH)
         step.connect()
-        step.engine.parallel.register_comm_hook(None, count_buckets)
-        torch.distributed.all_reduce = count_sums
+        torch.distributed.all_reduce = count
         step.repeat(2)
         before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
         for way, variant in scaling.ways_of(step).items():
@@ -79,7 +77,8 @@ def record_traffic(words: list[str], result) -> None:
             found[way] = {"host": len(host), "bytes": sum(buckets)}
         same = all(torch.equal(tensor, before[name]) for name, tensor in step.model.state_dict().items())
         layers = len(named_layers(step.model, SparseLinear))
-        found |= {"counted": scaling.gradient_bytes(step.model, "fp32"), "same": same, "layers": layers}
+        gradients = sum(4 * parameter.numel() for parameter in step.model.parameters())
+        found |= {"counted": step.engine.buckets.bytes, "gradients": gradients, "same": same, "layers": layers}
         step.engine.disconnect()
         del variant
     torch.save(found, f"{result}.{world.rank}")
@@ -87,7 +86,7 @@ def record_traffic(words: list[str], result) -> None:
 
 
 def test_only_together_averages_gradients_and_only_alone_needs_nobody(tmp_path):
-    """The bytes in DDP's buckets are those that are counted."""
+    """The bytes that go out are those that are counted, each gradient's once."""
     words = flags_of(write_model(tmp_path / "tiny.json"))
     prepare = functools.partial(record_traffic, words, tmp_path / "result")
     for rank in begin_ranks([], 2, prepare):
@@ -95,6 +94,7 @@ def test_only_together_averages_gradients_and_only_alone_needs_nobody(tmp_path):
         assert ended.code == 0, ended
     for rank in range(2):
         found = torch.load(f"{tmp_path / 'result'}.{rank}")
+        assert found["gradients"] <= found["counted"] < 1.001 * found["gradients"]  # aligned
         assert found["together"] == {"host": 2, "bytes": found["counted"]}  # counts before the step, losses after it
         assert found["apart"] == {"host": 2, "bytes": 0}
         assert found["alone"] == {"host": 0, "bytes": 0}
@@ -106,7 +106,6 @@ def test_a_process_alone_is_a_whole_world(read, monkeypatch):
     args = read()
     flags, config = scaling.training_flags(args, "dense"), BertConfig.from_json_file(args.model_config_file)
     step = scaling.TrainingStep(flags, config, World(0, 2, 0, CPU), LENGTH)
-    step.engine.parallel = step.model
     step.repeat(3)
     ways = scaling.ways_of(step)
     assert list(ways) == ["together", "apart", "alone"]
@@ -201,7 +200,7 @@ def test_each_communication_is_what_the_engine_is_connected_with(monkeypatch, re
 
     def connect(step):
         connected.append(step.engine.args.gradient_communication)
-        step.engine.parallel = step.model
+        step.engine.buckets = SimpleNamespace(bytes=1, remove=lambda: None)
 
     monkeypatch.setattr(scaling.TrainingStep, "connect", connect)
     ways = dict.fromkeys(("together", "apart", "alone") if ranks > 1 else ("together",), 1.0)
@@ -296,15 +295,16 @@ def test_earlier_rows_must_be_of_the_same_step_and_machine(change, message, read
 
 
 def check_bytes(rows: dict) -> None:
-    """Against the shapes: half of each pruned weight, all of the rest."""
+    """Against the shapes: half of each pruned weight, all of the rest; each begins at a multiple of 4."""
     hidden, inner = MODEL["hidden_size"], MODEL["intermediate_size"]
     pruned = 2 * (4 * hidden**2 + 2 * hidden * inner) - 3 * hidden**2  # the first query, key and value stay dense
-    numbers = sum(p.numel() for p in BertForPreTraining(BertConfig.from_dict(MODEL)).parameters())
+    model = BertForPreTraining(BertConfig.from_dict(MODEL))
+    numbers = sum(math.ceil(p.numel() / 4) * 4 for p in model.parameters())
     expected = {"dense": numbers, "slope": numbers - pruned // 2}
-    for (processes, model, _, gradients), row in rows.items():
+    for (processes, name, _, gradients), row in rows.items():
         size = {None: 0, "fp32": 4, "bf16": 2}[gradients]
-        assert row["all_reduced_bytes"] == size * expected[model]
-        share = size * expected[model] / (4 * numbers)
+        assert row["all_reduced_bytes"] == size * expected[name]
+        share = size * expected[name] / (4 * numbers)
         assert row["share_of_dense"] == (pytest.approx(share) if processes > 1 else None)
 
 

@@ -177,7 +177,7 @@ def test_a_time_is_that_of_one_step(monkeypatch):
 def test_shared_graphs_rehearse_until_told_and_never_again(monkeypatch):
     done, seen = [], []
     monkeypatch.setattr(MicroStepGraphs, "rehearse", lambda self, batch: (seen.append(batch), done.append("rehearse")))
-    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: (self.rehearse(batch), done.append("graph")))
+    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda *a: (a[0].rehearse(a[1]), done.append("graph")))
     assert MicroStepGraphs(None, []).pool is None  # the place that the shared pool takes
     graphs = training_step.SharedGraphs(None, [], (0, 1))
     batch = {"x": torch.ones(4)[:2]}
@@ -193,7 +193,7 @@ def test_nothing_is_captured_while_rehearsing_not_even_the_largest_batch(model_f
     """An unpadded step has the largest batch captured before its own: that would be compiled while capturing."""
     done = []
     monkeypatch.setattr(MicroStepGraphs, "rehearse", lambda self, batch: done.append("rehearse"))
-    monkeypatch.setattr(MicroStepGraphs, "capture", lambda self, batch: done.append("capture"))
+    monkeypatch.setattr(MicroStepGraphs, "capture", lambda self, batch, _: done.append("capture"))
     step = make_step(model_file, config, unpad="True")
     step.engine.captured = True
     graphs = step.connect((0, 1))
@@ -209,12 +209,12 @@ def test_a_model_s_first_step_is_the_rehearsal(model_file, config, monkeypatch):
     """With graphs that are none: what the step asks of them, and what is there before any is captured."""
 
     def rehearse(self, batch):
-        self.function(batch)
+        self.function(batch, False)
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(MicroStepGraphs, "rehearse", rehearse)
-    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch: self.function(batch))
+    monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch, summed: self.function(batch, summed))
     step = make_step(model_file, config)
     step.engine.captured = True
     graphs = step.connect((0, 1))

@@ -26,10 +26,6 @@ JOIN_TIME = timedelta(minutes=30)  # that a rank waits for the others: to come, 
 SETTLE_SECONDS = 0.1
 _LAUNCHER = os.getppid()  # as this process began
 
-# Held to the end of the process. Else DDP would be the last to hold a group, and would wait for its threads with the
-# interpreter's lock taken, which one of those may be waiting for to let go of a tensor.
-_groups: list[dist.ProcessGroup] = []
-
 
 @dataclass(frozen=True)
 class World:
@@ -83,10 +79,11 @@ def process_group(world: World):
     if world.size == 1:
         yield
         return
+    # A rank captures its graphs when it needs them; NCCL would then register their buffers, together with all ranks.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     store = _store_of_this_start(world) if _under_torchrun() else None
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=JOIN_TIME)
-    _groups.append(dist.group.WORLD)
     try:
         yield
     finally:
@@ -181,17 +178,6 @@ def sum_over_ranks(world: World, values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def average_in_bf16(ranks: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """A communication hook of DDP: the mean over all ranks, added up in bf16 in half the bytes of fp32.
-
-    Gradients are divided before they are rounded, so that each is rounded once and the sum is of their own size. It
-    stands in for torch's `bf16_compress_hook`, which divides after rounding and refuses CPUs.
-    """
-    gradients = bucket.buffer()
-    total = dist.all_reduce(gradients.div_(ranks).bfloat16(), async_op=True).get_future()
-    return total.then(lambda reduced: gradients.copy_(reduced.value()[0]))
 
 
 def gather_objects(world: World, own: object) -> list:

@@ -1,13 +1,10 @@
 """The parts of one optimizer step that every door shares: precision, compilation, gradients over ranks, the step."""
 
-import contextlib
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kernels.backends import select_backends
 from kernels.build import KernelsUnavailable
@@ -24,12 +21,10 @@ from optimization import (
     set_learning_rate,
 )
 from sparse_ops import OperandRefresh, add_adapters
-from training.distributed import World, average_in_bf16
+from training.distributed import World
+from training.gradients import GradientBuckets
 from training.graphs import Batch, MicroStepGraphs
 
-# Masks never change, and operands follow from the values. torch 2.13 renamed the argument.
-_BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
-BUFFERS_STAY = {next(n for n in _BUFFERS if n in inspect.signature(DistributedDataParallel).parameters): False}
 # What one compilation may be made anew for: kinds of layers, adapters that join, batches of other shapes.
 RECOMPILATIONS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,8 +44,7 @@ class Engine:
         compiled: parts of the model that torch.compile gets.
         dynamic: whether their inputs' sizes differ from batch to batch.
         other_tokens: of smaller micro-batches, where their sizes differ: tuned for too.
-        captured: run micro-steps as CUDA graphs, where one process on one GPU is all. (With several, DDP's averaging
-            goes on beside the backward pass, and the host keeps ahead of batches as large as these jobs'.)
+        captured: run micro-steps as CUDA graphs, on a GPU.
     """
 
     def __init__(
@@ -67,14 +61,14 @@ class Engine:
         captured: bool = False,
     ):
         self.model, self.world, self.args = model.to(world.device), world, args
-        self.objective, self.graphs = objective, None
-        self.captured = captured and world.device.type == "cuda" and world.size == 1
+        self.objective, self.graphs, self.buckets = objective, None, None
+        self.captured = captured and world.device.type == "cuda"
+        self.sums_gradients = world.size > 1
         self.dtype = DTYPES[args.precision]
         for part in compiled:
             part.compile(dynamic=dynamic)
         if compiled:
             torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-            torch._dynamo.config.optimize_ddp = False  # it would cut the parts, which are small, at DDP's buckets
         select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
@@ -88,32 +82,22 @@ class Engine:
         self.refresh.attach(self.optimizer)
 
     def connect(self) -> None:
-        """Build what averages the gradients over ranks: once they are joined, and anew when parameters are added."""
-        self.parallel, self.graphs = self.model, None
+        """Get ready for the first micro-step: once the ranks are joined, and anew when parameters are added."""
+        self.disconnect()
+        if self.world.size > 1:
+            communication = DTYPES[getattr(self.args, "gradient_communication", "fp32")]  # fine-tuning has none
+            self.buckets = GradientBuckets(self.model, communication)
         if self.captured:
             self.graphs = MicroStepGraphs(self._forward_and_backward, self.model.parameters())
-        if self.world.size > 1:
-            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.model,
-                device_ids=device_ids,
-                **BUFFERS_STAY,
-                gradient_as_bucket_view=True,
-            )
-            if getattr(self.args, "gradient_communication", "fp32") == "bf16":  # fine-tuning has none
-                self.parallel.register_comm_hook(self.world.size, average_in_bf16)
 
     def disconnect(self) -> None:
-        """Drop what `connect` built. DDP that outlives the process group may hang when it is freed: it then frees the
-        group too, holding the interpreter's lock while it waits for a thread of the group that wants that lock."""
-        self.parallel, self.graphs = self.model, None
+        """Drop what `connect` built."""
+        if self.buckets is not None:
+            self.buckets.remove()
+        self.buckets, self.graphs = None, None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
-        """Around a micro-step's forward and backward pass: only the last one averages gradients over ranks."""
-        return contextlib.nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()
 
     def prepare(self, largest: Callable[[], Batch]) -> None:
         """Before a micro-step: capture the largest batch there can be, if nothing was captured yet.
@@ -121,23 +105,26 @@ class Engine:
         So the graphs of all others fit into its memory, and what is compiled does not depend on which came first.
         """
         if self.graphs is not None and not self.graphs.captured:
-            self.graphs.capture(largest())
+            self.graphs.capture(largest(), self.sums_gradients)
 
     def micro_step(self, batch: Batch, last: bool) -> Tensor:
         """Forward and backward pass of one micro-batch on the device; gradients add up until `step`.
 
+        Args:
+            last: of its step: this one sums the gradients over ranks.
+
         Returns what the objective wants to be logged, in storage that the next call may overwrite.
         """
-        if self.graphs is not None:
-            return self.graphs(batch)
-        with self.accumulate(last):
-            return self._forward_and_backward(batch)
+        return (self.graphs or self._forward_and_backward)(batch, last and self.sums_gradients)
 
-    def _forward_and_backward(self, batch: Batch) -> Tensor:
+    def _forward_and_backward(self, batch: Batch, summed: bool = False) -> Tensor:
+        if self.buckets is not None:
+            self.buckets.begin(summed)
         with self.autocast():
-            loss, logged = self.objective(self.parallel, batch)
-        # Times the number of ranks, because DDP averages what the ranks' losses give.
-        self.scaler.scale(loss * self.world.size).backward()
+            loss, logged = self.objective(self.model, batch)
+        self.scaler.scale(loss).backward()
+        if self.buckets is not None:
+            self.buckets.finish()
         return logged.detach()
 
     def step(self, learning_rate: float) -> None:
@@ -148,7 +135,9 @@ class Engine:
             clip_gradients(self.optimizer, self.args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.graphs is None:
+        if self.buckets is not None:
+            self.buckets.zero()
+        elif self.graphs is None:
             self.optimizer.zero_grad()  # apex's takes no argument
         else:  # graphs add to gradients in fixed storage
             torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])

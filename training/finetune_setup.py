@@ -65,7 +65,7 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
     add_switch(work, "--amp", "the same as --fp16")
     work.add_argument("--loss_scale", default=0.0, type=real(), help="0: dynamic loss scaling, the only kind here")
     add_switch(work, "--no_cuda", "run on the CPU")
-    add_switch(work, "--no_cuda_graphs", "no CUDA graphs, which runs of one process on one GPU use")
+    add_switch(work, "--no_cuda_graphs", "no CUDA graphs, which a GPU's runs use")
     add_sparsity_flags(parser)
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--log_freq", default=50, type=whole(1), help="steps between two lines in the text log")
