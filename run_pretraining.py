@@ -22,6 +22,7 @@ from training.distributed import OutputLock, StopSignal, World, agree, process_g
 from training.errors import UsageError
 from training.flags import (
     Parser,
+    add_graph_flag,
     add_precision_flags,
     add_switch,
     parse_flags,
@@ -101,7 +102,7 @@ def parse_arguments(argv: list[str] | None = None):
     add_switch(optimizer, "--checkpoint_activations", "recompute activations in the backward pass, to save memory")
     speed = parser.add_argument_group("speed")
     add_switch(speed, "--no_compile", "no torch.compile, which a GPU's runs use")
-    add_switch(speed, "--no_cuda_graphs", "no CUDA graphs, which a GPU's runs use")
+    add_graph_flag(speed)
     speed.add_argument(
         "--unpad",
         default="auto",

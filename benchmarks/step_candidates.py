@@ -207,7 +207,7 @@ def fits(name: str, setting: Setting, args, world: World) -> bool:
     """Whether a variant alone takes two steps, the second with all of the optimizer's state there."""
     allocated(world)
     try:
-        step = make_step(name, setting, args, world, no_cuda_graphs=True)  # memory can run out cleanly
+        step = make_step(name, setting, args, world, cuda_graphs="False")  # memory can run out cleanly
         step.connect()
         step.take(2)
         wait(world)

@@ -29,7 +29,7 @@ def test_glue_with_graphs_learns_what_it_learns_without(tmp_path, sparse):
     if sparse:
         start = {"init_checkpoint": pretrain(tmp_path / "sparse", folder / "vocab.txt")}
         start |= {"vocab_file": folder / "vocab.txt"}
-    for name, flags in (("graphs", {}), ("plain", {"no_cuda_graphs": True})):
+    for name, flags in (("graphs", {}), ("plain", {"cuda_graphs": "False"})):
         output = tmp_path / name
         run("run_glue", glue(folder, data, output, precision="bf16", max_steps=12, **start, **flags))
     assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
@@ -44,12 +44,12 @@ def test_squad_with_graphs_of_several_lengths_and_accumulation(tmp_path, monkeyp
         write_questions(data / f"{split}.json", count=27, seed=seed, words_of_a_context=(20, 110))
     lengths_captured, capture = set(), MicroStepGraphs.capture
 
-    def record(self, batch):
+    def record(self, batch, summed):
         lengths_captured.add(batch["input_ids"].shape[1])
-        capture(self, batch)
+        capture(self, batch, summed)
 
     monkeypatch.setattr(MicroStepGraphs, "capture", record)
-    for name, flags in (("graphs", {}), ("plain", {"no_cuda_graphs": True})):
+    for name, flags in (("graphs", {}), ("plain", {"cuda_graphs": "False"})):
         lengths = {"max_seq_length": 128, "doc_stride": 32, "gradient_accumulation_steps": 2, "max_steps": 9}
         run("run_squad", squad(folder, data, tmp_path / name, precision="bf16", **lengths, **flags))
     assert lengths_captured == {64, 128}

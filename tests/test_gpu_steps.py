@@ -30,8 +30,8 @@ SIZES = {
 LARGE = SIZES | {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 2}
 LARGE_BATCH = 128
 DENSE, SLOPE = SparsityConfig(), SparsityConfig(pruned_matrix="static-weight")
-PLAIN = {"no_compile": True, "no_cuda_graphs": True, "unpad": "False", "attention": "flash"}
-FAST = {"no_compile": False, "no_cuda_graphs": False, "unpad": "auto"}
+PLAIN = {"no_compile": True, "cuda_graphs": "False", "unpad": "False", "attention": "flash"}
+FAST = {"no_compile": False, "cuda_graphs": "auto", "unpad": "auto"}
 SHORT = FAST | {"attention": "short"}
 TOGETHER = {"all": FAST, "short attention": SHORT}
 
@@ -123,7 +123,7 @@ def assert_same_gradients(found: dict, expected: dict, bound: float, floor: floa
 
 
 @pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
-@pytest.mark.parametrize("what", ["no_compile", "no_cuda_graphs", "unpad", *TOGETHER])
+@pytest.mark.parametrize("what", ["no_compile", "cuda_graphs", "unpad", *TOGETHER])
 def test_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
     """One way alone, and all together; lengths, and so shapes, differ between micro-steps and between steps."""
     plain, fast = begun(sparsity), begun(sparsity, **(TOGETHER[what] if what in TOGETHER else {what: FAST[what]}))
@@ -137,7 +137,7 @@ def test_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
 
 
 @pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
-@pytest.mark.parametrize("what", ["no_compile", "no_cuda_graphs", "all"])
+@pytest.mark.parametrize("what", ["no_compile", "cuda_graphs", "all"])
 def test_in_fp32_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
     """Dense products, padded, and nothing that rounding could hide."""
     plain = begun(sparsity, precision="fp32")

@@ -53,11 +53,12 @@ def make_engine(backend: str, interval: int = 1, compiled: bool = False) -> Engi
     )
     flags = {"optimizer": "fused-lamb", "learning_rate": 0.0, "weight_decay": 0.01, "lora_weight_decay": 1e-4}
     flags |= {"max_grad_norm": 1.0, "precision": "bf16", "double_prune_interval": interval, "sparse_backend": backend}
+    flags |= {"cuda_graphs": "auto"}
     world, parts = World(0, 1, 0, torch.device("cuda", 0)), list(model.bert.encoder.layer) if compiled else []
     engine = Engine(
         *(model, world, SimpleNamespace(**flags), BATCH * LENGTH, print, objective),
         compiled=parts,
-        captured=compiled,
+        capturable=compiled,
     )
     engine.connect()
     kind = {"cutlass": CutlassOperands, "dense": DenseOperands}[backend]

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from pretraining_runs import assembled, begin_ranks
 from torch import Tensor, nn
 
-from training.distributed import process_group
+from training.distributed import World, process_group
+from training.engine import captures
+from training.errors import UsageError
 from training.gradients import GradientBuckets
 
 SMALL = 4 * 8  # bytes: a bucket for each weight of the model below
@@ -141,3 +143,30 @@ def test_all_ranks_begin_with_the_first_one_s_weights(files, tmp_path):
     first, second = (torch.load(f"{tmp_path / 'result'}.{rank}") for rank in range(2))
     own = [parameter.detach() for parameter in assembled(flags).engine.model.parameters()]
     assert all(map(torch.equal, first, own)) and all(map(torch.equal, second, own))
+
+
+# ----------------------------------------------------------------------------------------------- which steps are graphs
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "ranks", "device", "capturable", "expected"),
+    [
+        ("auto", 1, GPU, True, True),
+        ("auto", 2, GPU, True, False),
+        ("True", 2, GPU, True, True),
+        ("False", 1, GPU, True, False),
+        ("auto", 1, GPU, False, False),
+        ("auto", 1, torch.device("cpu"), True, False),
+    ],
+)
+def test_micro_steps_are_graphs_where_asked_and_possible(flag, ranks, device, capturable, expected):
+    assert captures(flag, World(0, ranks, 0, device), capturable) is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "capturable", "named"), [(torch.device("cpu"), True, "a CPU"), (GPU, False, "--checkpoint_activations")]
+)
+def test_graphs_that_cannot_be_are_an_error(device, capturable, named):
+    with pytest.raises(UsageError, match=f"^--cuda_graphs True: cannot run with {named}"):
+        captures("True", World(0, 1, 0, device), capturable)

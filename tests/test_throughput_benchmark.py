@@ -344,7 +344,7 @@ def test_a_batch_that_runs_out_of_memory_does_not_fit(read, monkeypatch):
     args.variants = ("dense", "slope", "huggingface")
     pretraining_throughput.find_largest(args, ALONE, report)
     assert [(row["variant"], row["sequences"], row["ratio"]) for row in rows] == [("dense", 24, 1), ("slope", 24, 1)]
-    assert all(more == {"no_cuda_graphs": True} for _, _, more in made)
+    assert all(more == {"cuda_graphs": "False"} for _, _, more in made)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

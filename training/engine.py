@@ -22,6 +22,7 @@ from optimization import (
 )
 from sparse_ops import OperandRefresh, add_adapters
 from training.distributed import World
+from training.errors import UsageError
 from training.gradients import GradientBuckets
 from training.graphs import Batch, MicroStepGraphs
 
@@ -30,13 +31,26 @@ RECOMPILATIONS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def captures(flag: str, world: World, capturable: bool) -> bool:
+    """Whether micro-steps run as CUDA graphs, as `--cuda_graphs` says.
+
+    Raises:
+        UsageError: when it is asked for where they cannot.
+    """
+    possible = world.device.type == "cuda" and capturable
+    if flag == "True" and not possible:
+        reason = "--checkpoint_activations or this --pruned_matrix" if world.device.type == "cuda" else "a CPU"
+        raise UsageError(f"--cuda_graphs True: cannot run with {reason}; leave it out")
+    return possible and (flag == "True" or flag == "auto" and world.size == 1)
+
+
 class Engine:
     """A model on its device, with the optimizer, loss scaling, operand refresh and gradient averaging around it.
 
     Args:
         model: already pruned; moved to the world's device.
         args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, max_grad_norm, precision,
-            double_prune_interval, sparse_backend`, and `gradient_communication` where there is such a flag.
+            double_prune_interval, sparse_backend, cuda_graphs`, and `gradient_communication` where there is one.
         tokens: of a micro-batch on this rank, at most: what the sparse products are tuned for.
         report: takes a line about what runs the sparse products, and LAMB where its kernels cannot.
         objective: (model, batch on the device) -> (this rank's share of the loss, a small tensor to be logged). The
@@ -44,7 +58,10 @@ class Engine:
         compiled: parts of the model that torch.compile gets.
         dynamic: whether their inputs' sizes differ from batch to batch.
         other_tokens: of smaller micro-batches, where their sizes differ: tuned for too.
-        captured: run micro-steps as CUDA graphs, on a GPU.
+        capturable: whether nothing in a micro-step asks the host what to do.
+
+    Raises:
+        UsageError: what flags ask for cannot run.
     """
 
     def __init__(
@@ -58,11 +75,11 @@ class Engine:
         compiled: Sequence[nn.Module] = (),
         dynamic: bool = False,
         other_tokens: Sequence[int] = (),
-        captured: bool = False,
+        capturable: bool = False,
     ):
         self.model, self.world, self.args = model.to(world.device), world, args
         self.objective, self.graphs, self.buckets = objective, None, None
-        self.captured = captured and world.device.type == "cuda"
+        self.captured = captures(args.cuda_graphs, world, capturable)
         self.sums_gradients = world.size > 1
         self.dtype = DTYPES[args.precision]
         for part in compiled:

@@ -101,7 +101,7 @@ class FineTuning:
             *(model, world, args, sequences * args.max_seq_length, self.execution.append),
             # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
             partial(_objective, losses),
-            captured=setup.sparsity.weights_alone and not args.no_cuda_graphs,
+            capturable=setup.sparsity.weights_alone,
         )
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 

@@ -122,6 +122,15 @@ def add_precision_flags(group) -> None:
     )
 
 
+def add_graph_flag(group) -> None:
+    group.add_argument(
+        "--cuda_graphs",
+        default="auto",
+        choices=("auto", "True", "False"),
+        help="run each micro-step as a CUDA graph; auto: on a GPU, where one process is all; True: of several, too",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- parsing
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, file_flag: str | None = None):
     """Parse `argv`; a JSON file named by `--<file_flag>`, if there is one, sets defaults, and the command line wins.

@@ -171,7 +171,7 @@ class PretrainingRun:
             compiled=compiled_parts(model) if compiled else (),
             dynamic=unpadded,
             # Layers of the ablations, and checkpointed ones, ask the host what to do.
-            captured=self.sparsity.weights_alone and not args.checkpoint_activations and not args.no_cuda_graphs,
+            capturable=self.sparsity.weights_alone and not args.checkpoint_activations,
         )
         if self.short_attention:
             attentions = [block.attention.self for block in model.bert.encoder.layer]
