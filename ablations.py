@@ -82,14 +82,14 @@ class AblationLinear(AdaptedLinear):
             mask = nm_mask(scores, N, m).to(linear.weight.device)
         self.register_buffer("input_mask", mask)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         x = x.to(dtype)
         y = AblationProduct.apply(
             x.reshape(-1, x.shape[-1]), self.weight.to(dtype), self.input_mask, self.m, self.policy
         )
-        return self.finish(y.view(*x.shape[:-1], self.out_features), x)
+        return self.finish(y.view(*x.shape[:-1], self.out_features), x, bias)
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] of the dense layer that computes the same output.

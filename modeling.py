@@ -13,6 +13,7 @@ The encoder takes sequences in two forms: padded to one length, [B, S, H] with a
 `Packing` that says where each begins; a T in a name there stands for either form's leading dimensions.
 """
 
+import importlib
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,20 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import dense_parts
-from kernels.dense_parts import dropout_add_layer_norm
-from kernels.joint import joint_product
+from kernels.dense_parts import bias_gelu, dropout_add_layer_norm
+from kernels.joint import joint_product, without_bias
 from training.errors import UsageError
 from training.flags import read_json
 
-
-def gelu(x: Tensor) -> Tensor:
-    """x * Phi(x), exact; not the approximation through tanh."""
-    return dense_parts.gelu(x) if torch.compiler.is_compiling() else F.gelu(x)
-
-
 ACTIVATIONS = {
-    "gelu": gelu,
+    "gelu": F.gelu,  # exact; not the approximation through tanh
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
@@ -227,9 +221,10 @@ class BertSelfAttention(nn.Module):
         if isinstance(attention, Packing) and attention.short:
             from kernels.short_attention import short_attention  # imports Triton, which CPU builds of torch lack
 
-            joint_TH, bias = joint_product(hidden_TH, self.projections())
-            qkv_TPAD = joint_TH.unflatten(-1, (3, self.num_heads, -1))
-            return short_attention(qkv_TPAD, bias, attention.boundaries, dropout_p).flatten(1)
+            joint = joint_product(hidden_TH, self.projections())
+            if joint is not None:
+                qkv_TPAD = joint[0].unflatten(-1, (3, self.num_heads, -1))
+                return short_attention(qkv_TPAD, joint[1], attention.boundaries, dropout_p).flatten(1)
         heads_TAD = [projection(hidden_TH).unflatten(-1, (self.num_heads, -1)) for projection in self.projections()]
         if isinstance(attention, Packing):
             return packed_attention(*heads_TAD, attention, dropout_p).flatten(1)
@@ -250,15 +245,21 @@ class BertResidualOutput(nn.Module):
         self.dense = _linear(config, in_features, config.hidden_size)
         self.LayerNorm = _layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.kernels = False
 
-    def forward(self, x: Tensor, residual_TH: Tensor) -> Tensor:
-        y_TH = self.dense(x)
+    def forward(self, x: Tensor, residual_TH: Tensor, twice: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Twice, it returns what a product and a residual sum read, as two tensors of one content."""
+        norm = self.LayerNorm
         if torch.compiler.is_compiling():
             probability = self.dropout.p if self.training else 0.0
-            norm = self.LayerNorm
-            return dropout_add_layer_norm(y_TH, residual_TH, norm.weight, norm.bias, probability, norm.eps)
+            parameters = (norm.weight, norm.bias, probability, norm.eps)
+            return dropout_add_layer_norm(
+                *without_bias(self.dense, x), residual_TH, *parameters, twice=twice, kernels=self.kernels
+            )
+        y_TH = self.dense(x)
         exact = torch.promote_types(y_TH.dtype, torch.float32)
-        return self.LayerNorm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
+        out_TH = norm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
+        return (out_TH, out_TH) if twice else out_TH
 
 
 class BertAttention(nn.Module):
@@ -267,18 +268,28 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
-        return self.output(self.self(hidden_TH, attention), hidden_TH)
+    def forward(self, hidden_TH: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        return self.output(self.self(hidden_TH, attention), hidden_TH, twice=True)
 
 
-class BertIntermediate(nn.Module):
-    def __init__(self, config: BertConfig):
+class Activated(nn.Module):
+    """activation(dense(x))."""
+
+    def __init__(self, config: BertConfig, out_features: int):
         super().__init__()
-        self.dense = _linear(config, config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dense = _linear(config, config.hidden_size, out_features)
+        self.activation, self.is_gelu = ACTIVATIONS[config.hidden_act], config.hidden_act == "gelu"
+        self.kernels = False
 
-    def forward(self, hidden_TH: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_TH))
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.is_gelu:
+            return bias_gelu(*without_bias(self.dense, x), kernels=self.kernels)
+        return self.activation(self.dense(x))
+
+
+class BertIntermediate(Activated):
+    def __init__(self, config: BertConfig):
+        super().__init__(config, config.intermediate_size)
 
 
 class BertLayer(nn.Module):
@@ -291,8 +302,8 @@ class BertLayer(nn.Module):
         self.output = BertResidualOutput(config, config.intermediate_size)
 
     def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
-        hidden_TH = self.attention(hidden_TH, attention)
-        return self.output(self.intermediate(hidden_TH), hidden_TH)
+        hidden_TH, residual_TH = self.attention(hidden_TH, attention)
+        return self.output(self.intermediate(hidden_TH), residual_TH)
 
 
 class BertEncoder(nn.Module):
@@ -351,15 +362,13 @@ class BertModel(nn.Module):
         return hidden_TH, None if self.pooler is None else self.pooler(first_BH)
 
 
-class BertPredictionHeadTransform(nn.Module):
+class BertPredictionHeadTransform(Activated):
     def __init__(self, config: BertConfig):
-        super().__init__()
-        self.dense = _linear(config, config.hidden_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        super().__init__(config, config.hidden_size)
         self.LayerNorm = _layer_norm(config)
 
     def forward(self, hidden_BPH: Tensor) -> Tensor:
-        return self.LayerNorm(self.activation(self.dense(hidden_BPH)))
+        return self.LayerNorm(super().forward(hidden_BPH))
 
 
 class BertLMPredictionHead(nn.Module):
@@ -483,6 +492,18 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
     """
     blocks = list(model.bert.encoder.layer)
     return [*blocks, model.cls.predictions] if hasattr(model, "cls") else blocks
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let Triton run the backward passes of the dense parts of the compiled blocks, on a GPU.
+
+    Raises:
+        KernelsUnavailable: there is no Triton.
+    """
+    importlib.import_module("kernels.dense_backward")  # only here, as CPU builds of torch lack Triton
+    for module in model.bert.encoder.modules():
+        if isinstance(module, (BertResidualOutput, BertIntermediate)):
+            module.kernels = True
 
 
 def encoder_blocks(model: nn.Module) -> list[tuple[str, BertLayer]]:

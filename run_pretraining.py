@@ -109,6 +109,9 @@ def parse_arguments(argv: list[str] | None = None):
         choices=("auto", "True", "False"),
         help="compute no padding: sequences lie end to end; auto: on a GPU whose flash attention can run it",
     )
+    add_switch(
+        speed, "--dense_kernels", "run the backward passes of GELU, dropout and LayerNorm by kernels of ours in Triton"
+    )
     speed.add_argument(
         "--attention",
         default="flash",

@@ -192,14 +192,14 @@ class DenseOperands(nn.Module):
         """An earlier choice of W^{R,C}; `refresh` without `rechoose` follows."""
         self.second = kept.clone() if self.second is None else self.second.copy_(kept)
 
-    def forward(self, x: Tensor, layer: "SparseLinear") -> Tensor:
-        """X [..., in] -> Y [..., out] in the operands' dtype, with bias and adapters."""
+    def forward(self, x: Tensor, layer: "SparseLinear", bias: Tensor | None) -> Tensor:
+        """X [..., in] -> Y [..., out] in the operands' dtype, with the layer's adapters."""
         x = x.to(self.dtype)
         w_forward, w_backward = self.w_forward, self.w_backward
         if not layer.by_input:
             w_forward, w_backward = w_forward.t(), w_backward.t()
         y = SlopeProduct.apply(x, layer.values, w_forward, w_backward, self.index, layer.by_input)
-        return layer.finish(y, x)
+        return layer.finish(y, x, bias)
 
 
 CHOSEN_TOGETHER = 2**24
@@ -248,12 +248,20 @@ class AdaptedLinear(nn.Module):
         self.lora_left = nn.Parameter(left.to(device=like.device, dtype=like.dtype))
         self.lora_right = nn.Parameter(torch.zeros(rank, self.out_features, device=like.device, dtype=like.dtype))
 
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., in] -> Y [..., out], in the products' dtype."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias, or without one, where something else adds it."""
+        raise NotImplementedError
+
+    def finish(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """Bias and adapters onto the product `y` [..., out] of the input `x` [..., in] in the same dtype."""
         if self.lora_left is not None:
             low_rank = (x @ self.lora_left.to(x.dtype)) @ self.lora_right.to(x.dtype)
             y = y + low_rank / self.lora_left.shape[1]  # (4) Y += (X L) R / r
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def adapter_weight(self) -> Tensor | float:
         """The adapters as one matrix [out, in], to be added to the weight; 0 without adapters."""
@@ -346,9 +354,8 @@ class SparseLinear(AdaptedLinear):
         layer.operands.reset(layer)
         layer.refresh(rechoose=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X [..., in] -> Y [..., out], in the operands' dtype."""
-        return self.operands(x, self)
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.operands(x, self, bias)
 
     def add_adapters(self, rank: int, generator: torch.Generator) -> None:
         super().add_adapters(rank, generator)

@@ -87,6 +87,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--attention", default="flash", choices=("flash", "short"), help="of our variants, of up to 128 tokens"
     )
+    add_switch(parser, "--dense_kernels", "of our variants, as run_pretraining.py's")
     parser.add_argument("--rounds", type=whole(1), help=f"samples of each (default: {ROUNDS}; --quick {QUICK_ROUNDS})")
     parser.add_argument("--sample_seconds", type=real(0), help="of a sample (default: 0.5; with --input_dir 3)")
     parser.add_argument("--profile_steps", default=3, type=whole(0), help="steps that are profiled; 0: none")

@@ -141,9 +141,12 @@ COLUMNS = {
 }
 
 
+FORWARDED = ("model_config_file", "optimizer", "input_dir", "num_workers", "dense_kernels")
+
+
 def flags_for(model: str, way: str, args, length: int, sequences: int) -> SimpleNamespace:
     """The run's flags: the recipe's predictions, one process."""
-    shared = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "input_dir", "num_workers")}
+    shared = {name: getattr(args, name) for name in FORWARDED}
     return run_flags(
         model,
         **shared,

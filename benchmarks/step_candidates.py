@@ -80,7 +80,7 @@ def make_step(name: str, setting: Setting, args, world: World, **more) -> Traini
         step = HuggingFaceStep(config, world, args.dtype, setting.sequences, setting.length)
     else:
         model, rank = OURS[name]
-        same = {name: getattr(args, name) for name in ("model_config_file", "optimizer")}
+        same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "dense_kernels")}
         same["attention"] = args.attention if setting.length <= SHORT else "flash"
         flags = run_flags(model, precision=args.dtype, local_batch_size=setting.sequences, **same, **more)
         step = TrainingStep(flags, config, world, setting.length, rank)

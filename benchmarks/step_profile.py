@@ -76,7 +76,7 @@ def profile(take: Callable[[int], None], steps: int) -> tuple[dict[str, float], 
     return breakdown(kernels, steps), longest_others(kernels, steps)
 
 
-def longest_others(kernels: Iterable[Kernel], steps: int, count: int = 8) -> list[str]:
+def longest_others(kernels: Iterable[Kernel], steps: int, count: int = 24) -> list[str]:
     """Names and milliseconds a step of the longest kernels that are of no kind of their own."""
     totals: dict[str, float] = {}
     for kernel in kernels:

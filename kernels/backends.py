@@ -105,9 +105,9 @@ class CutlassOperands(nn.Module):
     def _sizes(layer: SparseLinear) -> tuple[int, int, int]:
         return layer.out_features, layer.in_features, layer.m
 
-    def forward(self, x: Tensor, layer: SparseLinear) -> Tensor:
+    def forward(self, x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
         x = x.to(self.dtype)
-        parameters = (layer.values, layer.bias, layer.lora_left, layer.lora_right)
+        parameters = (layer.values, bias, layer.lora_left, layer.lora_right)
         operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward, layer.mask_bits, layer.m)
         adapters = NO_ADAPTERS if layer.lora_left is None else self._adapters()
         return SparseProduct.apply(x, *parameters, *operands, *adapters)
@@ -130,10 +130,10 @@ class SemiStructuredOperands(DenseOperands):
             packed = torch._cslt_compress(dense)
             setattr(self, name, packed if getattr(self, name) is None else getattr(self, name).copy_(packed))
 
-    def forward(self, x: Tensor, layer: SparseLinear) -> Tensor:
+    def forward(self, x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
         x = x.to(self.dtype)
         y = _CusparseltProduct.apply(x, layer.values, self.compressed, self.compressed_backward, self.index)
-        return layer.finish(y, x)
+        return layer.finish(y, x, bias)
 
 
 class _CusparseltProduct(torch.autograd.Function):

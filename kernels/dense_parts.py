@@ -36,24 +36,41 @@ def _output(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return exact if exact.dtype == dtype else exact.to(dtype)
 
 
-class _Gelu(torch.autograd.Function):
+class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        exact = x.float()
+    def forward(ctx, x, bias, kernels):
+        ctx.save_for_backward(x, bias)
+        ctx.kernels = kernels
+        exact = x.float() + bias
         return _output(exact * _normal_distribution(exact)[0], x.dtype)
 
     @staticmethod
     def backward(ctx, grad_y):
-        (x,) = ctx.saved_tensors
-        exact = x.float()
+        x, bias = ctx.saved_tensors
+        if ctx.kernels:
+            return *torch.ops.slope.bias_gelu_backward(grad_y, x, bias), None
+        exact = x.float() + bias
         below, density = _normal_distribution(exact)
-        return (grad_y.float() * (below + exact * density)).to(x.dtype)
+        grad_x = (grad_y.float() * (below + exact * density)).to(x.dtype)
+        return grad_x, _over_tokens(grad_x), None
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x Phi(x), elementwise, computed in fp32; within 1e-6 max(1, |x|) of `F.gelu(x)` before rounding to x's dtype."""
-    return _Gelu.apply(x)
+def _over_tokens(grad: Tensor) -> Tensor:
+    """A gradient [..., H], as it was written, summed to that of a bias [H]."""
+    return grad.float().sum(tuple(range(grad.dim() - 1)))
+
+
+def bias_gelu(x: Tensor, bias: Tensor, kernels: bool = False) -> Tensor:
+    """(x + bias) Phi(x + bias), elementwise over [..., H], computed in fp32.
+
+    Args:
+        bias: fp32 [H]; added here and not in the product before, so that its gradient needs no pass of its own.
+        kernels: run the backward pass by kernels/dense_backward.py, which the caller has imported.
+
+    Returns:
+        Within 1e-6 max(1, |x + bias|) of `F.gelu(x + bias)` before it is rounded to x's dtype.
+    """
+    return _BiasGelu.apply(x, bias, kernels)
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -96,8 +113,8 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ end of half a block
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, residual, weight, bias, seed, probability, eps):
-        dropped = y.float()
+    def forward(ctx, y, y_bias, residual, weight, bias, seed, probability, eps, twice, kernels):
+        dropped = y.float() + y_bias
         if seed is not None:
             dropped = torch.where(kept_by_dropout(y.shape, seed, probability), dropped / (1 - probability), 0.0)
         total = (dropped + residual.float()).to(y.dtype)
@@ -105,14 +122,22 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         mean = exact.mean(-1, keepdim=True)
         inverse_deviation = torch.rsqrt((exact - mean).square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(total, mean, inverse_deviation, weight, seed)
-        ctx.probability, ctx.residual_dtype = probability, residual.dtype
-        return _output((exact - mean) * inverse_deviation * weight + bias, y.dtype)
+        ctx.probability, ctx.residual_dtype, ctx.kernels = probability, residual.dtype, kernels
+        out = _output((exact - mean) * inverse_deviation * weight + bias, y.dtype)
+        return (out, out.view_as(out)) if twice else out
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, grad_skip=None):
         total, mean, inverse_deviation, weight, seed = ctx.saved_tensors
+        if ctx.kernels:
+            grad_y, grad_residual, sums = torch.ops.slope.dropout_add_layer_norm_backward(
+                *(grad_out, grad_skip, total, mean, inverse_deviation, weight, seed, ctx.probability),
+                ctx.residual_dtype,
+            )
+            grad_bias, grad_weight, grad_norm_bias = sums.unbind()
+            return grad_y, grad_bias, grad_residual, grad_weight, grad_norm_bias, *[None] * 5
         normalised = (total.float() - mean) * inverse_deviation
-        grad = grad_out.float()
+        grad = grad_out.float() if grad_skip is None else grad_out.float() + grad_skip.float()
         scaled = grad * weight
         projected = normalised * (scaled * normalised).mean(-1, keepdim=True)
         grad_total = (scaled - scaled.mean(-1, keepdim=True) - projected) * inverse_deviation
@@ -120,23 +145,32 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         if seed is not None:
             kept = kept_by_dropout(total.shape, seed, ctx.probability)
             grad_y = torch.where(kept, grad_total / (1 - ctx.probability), 0.0)
-        tokens = tuple(range(grad.dim() - 1))
-        return (
-            grad_y.to(total.dtype),
-            grad_total.to(ctx.residual_dtype),
-            (grad * normalised).sum(tokens),
-            grad.sum(tokens),
-            *(None, None, None),
-        )
+        grad_y = grad_y.to(total.dtype)
+        grad_residual = grad_total.to(ctx.residual_dtype)
+        grad_weight, grad_norm_bias = _over_tokens(grad * normalised), _over_tokens(grad)
+        return grad_y, _over_tokens(grad_y), grad_residual, grad_weight, grad_norm_bias, *[None] * 5
 
 
 def dropout_add_layer_norm(
-    y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, probability: float, eps: float
-) -> Tensor:
-    """LayerNorm(residual + dropout(y)) over the last dimension, [..., H], in y's dtype.
+    y: Tensor,
+    y_bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    probability: float,
+    eps: float,
+    twice: bool = False,
+    kernels: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm(residual + dropout(y + y_bias)) over the last dimension, [..., H], in y's dtype.
 
     The sum is rounded to y's dtype before it is normalised, as in NVIDIA's half-precision BERT: the backward pass then
-    keeps 16 bits of it. Statistics and gradients of `weight` and `bias` [H] are fp32.
+    keeps 16 bits of it. Statistics and gradients of the biases and of `weight` [H], all fp32, are fp32.
+
+    Args:
+        twice: return the result twice, for a product and a residual sum that both read it: their gradients then come
+            apart, and the backward pass adds them up as it reads them.
+        kernels: as in `bias_gelu`.
     """
     seed = dropout_seed(y) if probability else None
-    return _DropoutAddLayerNorm.apply(y, residual, weight, bias, seed, probability, eps)
+    return _DropoutAddLayerNorm.apply(y, y_bias, residual, weight, bias, seed, probability, eps, twice, kernels)

@@ -1,4 +1,5 @@
-"""Linear layers of one input, such as query, key and value, as one product: larger kernels, and one input gradient.
+"""Products of linear layers whose biases something else adds; of layers of one input, such as query, key and value,
+as one product: larger kernels, and one input gradient.
 
 Nothing changes in the layers: parameters, gradients and checkpoints are theirs. Dense weights are put side by side in
 each call, where they are rounded anyway. The 2:4 operands of sparse layers become slices of joint ones (`join`), which
@@ -95,14 +96,19 @@ def join(layers: Sequence[nn.Module], tokens: Sequence[int]) -> bool:
     return True
 
 
-def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
-    """The outputs of linear layers of one input side by side, [..., all outputs], and the biases that are still to be
-    added, fp32 [all outputs]."""
+def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's output [..., out] before its bias, and the bias, fp32 [out]."""
+    return F.linear(x, layer.weight) if type(layer) is nn.Linear else layer.product(x, None), layer.bias
+
+
+def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """The outputs of linear layers of one input side by side, [..., all outputs], before their biases, and these, fp32
+    [all outputs]; None where the layers' products are not one."""
     if all(type(layer) is nn.Linear for layer in layers):
         y = F.linear(x, torch.cat([layer.weight for layer in layers]))
-        return y, torch.cat([layer.bias for layer in layers])
-    joint = getattr(getattr(layers[0], "operands", None), "joint", None)
-    if joint is None or any(layer.operands.joint is not joint or layer.lora_left is not None for layer in layers):
-        y = torch.cat([layer(x) for layer in layers], -1)
-        return y, y.new_zeros(y.shape[-1], dtype=torch.float32)
-    return joint(x, layers), torch.cat([layer.bias for layer in layers])
+    else:
+        joint = getattr(getattr(layers[0], "operands", None), "joint", None)
+        if joint is None or any(layer.operands.joint is not joint or layer.lora_left is not None for layer in layers):
+            return None
+        y = joint(x, layers)
+    return y, torch.cat([layer.bias for layer in layers])

@@ -23,14 +23,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.build import KernelsUnavailable
 from kernels.dense_parts import dropout_seed
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise KernelsUnavailable(f"no Triton ({error}): it comes with every CUDA build of torch for Linux") from error
+from kernels.dropout import kept_by_dropout, settings, tl, triton
 
 LONGEST = 128  # tokens of a sequence
 HEAD_SIZES = (16, 32, 64)  # with 128 the backward pass wants 128 KiB of shared memory, which not all GPUs have
@@ -92,20 +86,10 @@ def _probabilities(q, k, length, log2_scale, LONGEST: tl.constexpr):
 
 
 @triton.jit
-def _shifted_xor(bits, BY: tl.constexpr):
-    return bits ^ (bits >> BY)
-
-
-@triton.jit
 def _kept(first, head, seed, threshold, HEADS: tl.constexpr, LONGEST: tl.constexpr):
-    """What dropout keeps: `kept_by_dropout`, number by number."""
+    """What dropout keeps of the scores."""
     rows = ((first + tl.arange(0, LONGEST)) * HEADS + head) * LONGEST
-    numbers = rows[:, None] + tl.arange(0, LONGEST)[None, :] + tl.load(seed)
-    bits = _shifted_xor(numbers.to(tl.uint32, bitcast=True), 17) * 0xED5AD4BB
-    bits = bits ^ tl.load(seed + 1).to(tl.uint32, bitcast=True)
-    bits = _shifted_xor(bits, 11) * 0xAC4C1B51
-    bits = _shifted_xor(bits, 15) * 0x31848BAB
-    return (_shifted_xor(bits, 14) & 0xFFFFFF) >= threshold
+    return kept_by_dropout(rows[:, None] + tl.arange(0, LONGEST)[None, :], seed, threshold)
 
 
 @triton.jit
@@ -178,7 +162,7 @@ def _settings(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> tuple[tuple[
     """The grid; 1/sqrt(D), the same for powers of 2, what dropout's bits must reach, 1 / (1 - p); compile-time ones."""
     *_, heads, size = qkv.shape
     scale = 1 / math.sqrt(size)
-    numbers = [scale, scale / math.log(2), round(dropout_p * 2**24), 1 / (1 - dropout_p)]
+    numbers = [scale, scale / math.log(2), *settings(dropout_p)]
     shape = {"HEADS": heads, "SIZE": size, "LONGEST": LONGEST, "DROPOUT": dropout_p > 0, "num_warps": WARPS}
     return ((len(boundaries) - 1) * heads,), numbers, shape
 

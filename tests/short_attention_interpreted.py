@@ -1,6 +1,6 @@
 """kernels/short_attention.py in Triton's interpreter, which runs the kernels on CPU tensors: checks as on a GPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/short_attention_interpreted.py    # as tests/test_short_attention.py does
+    TRITON_INTERPRET=1 python -m pytest tests/short_attention_interpreted.py    # as tests/test_block_kernels.py does
 
 In fp16: the interpreter has no products in bf16.
 """

@@ -8,7 +8,7 @@ import torch._dynamo
 import torch.nn.functional as F
 
 from kernels.backends import select_backends
-from kernels.dense_parts import dropout_add_layer_norm, dropout_seed, gelu, kept_by_dropout
+from kernels.dense_parts import bias_gelu, dropout_add_layer_norm, dropout_seed, kept_by_dropout
 from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums
 from sparse_ops import add_adapters
 from training.assembly import build_model
@@ -37,34 +37,40 @@ def fresh():
 
 # --------------------------------------------------------------------------------------------------------- the formulas
 def test_gelu_and_its_derivative_are_the_exact_ones():
-    x = torch.linspace(-8, 8, 20001, dtype=torch.float32, requires_grad=True)
-    exact = x.detach().double().requires_grad_()
-    y, expected = gelu(x), F.gelu(exact)
-    assert ((y.double() - expected).abs() / exact.abs().clamp(min=1)).max() < 1e-6
+    x = torch.linspace(-8, 8, 20001, dtype=torch.float32)[:, None].requires_grad_()
+    bias = torch.tensor([0.25], requires_grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, bias)]
+    y, expected = bias_gelu(x, bias), F.gelu(exact[0] + exact[1])
+    assert ((y.double() - expected).abs() / exact[0].abs().clamp(min=1)).max() < 1e-6
     y.sum().backward()
     expected.sum().backward()
-    assert (x.grad.double() - exact.grad).abs().max() < 1e-6
+    assert (x.grad.double() - exact[0].grad).abs().max() < 1e-6
+    assert (bias.grad.double() - exact[1].grad).abs().max() < 1e-6 * len(x)
 
 
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_end_of_half_a_block_is_dropout_sum_and_layer_norm(dtype):
+def test_the_end_of_half_a_block_is_dropout_sum_and_layer_norm(dtype, twice):
     """Against torch's own operations in fp64, with the mask that this one drew."""
     generator = torch.Generator().manual_seed(0)
-    y, residual, grad = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(3))
-    weight, bias = 1 + 0.1 * torch.randn(64, generator=generator), 0.1 * torch.randn(64, generator=generator)
-    inputs = [tensor.requires_grad_() for tensor in (y, residual, weight, bias)]
+    y, residual, grad, skip = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(4))
+    y_bias, weight, bias = (start + 0.1 * torch.randn(64, generator=generator) for start in (0, 1, 0))
+    inputs = [tensor.requires_grad_() for tensor in (y, y_bias, residual, weight, bias)]
     torch.manual_seed(5)
-    out = dropout_add_layer_norm(*inputs, 0.25, 1e-12)
-    out.backward(grad)
+    out = dropout_add_layer_norm(*inputs, 0.25, 1e-12, twice)
+    outputs, grads = (out, (grad, skip)) if twice else ((out,), (grad,))
+    torch.autograd.backward(outputs, grads)
     torch.manual_seed(5)
     kept = kept_by_dropout(y.shape, dropout_seed(y), 0.25)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    total = exact[0] * kept / 0.75 + exact[1]
-    expected = F.layer_norm(total, (64,), exact[2], exact[3], 1e-12)
-    expected.backward(grad.double())
-    assert out.dtype == dtype
+    total = (exact[0] + exact[1]) * kept / 0.75 + exact[2]
+    expected = F.layer_norm(total, (64,), exact[3], exact[4], 1e-12)
+    expected.backward(sum(grad.double() for grad in grads))
     rounding = torch.finfo(dtype).eps
-    for found, right in [(out, expected), *((one.grad, other.grad) for one, other in zip(inputs, exact, strict=True))]:
+    assert all(found.dtype == dtype for found in outputs)
+    pairs = [(found, expected) for found in outputs]
+    pairs += [(ours.grad, right.grad) for ours, right in zip(inputs, exact, strict=True)]
+    for found, right in pairs:
         assert (found.double() - right).abs().max() <= 8 * rounding * right.abs().max()
 
 
@@ -87,8 +93,9 @@ def test_dropout_keeps_the_share_that_it_should_independently_of_neighbours_and_
 
 # ---------------------------------------------------------------------------------------------------------- compilation
 PARTS = {
-    "gelu": lambda y, residual, weight, bias: gelu(y),
-    "end of half a block": lambda *inputs: dropout_add_layer_norm(*inputs, 0.25, 1e-12),
+    "gelu": lambda y, y_bias, *_: bias_gelu(y, y_bias),
+    "end of a block": lambda *inputs: dropout_add_layer_norm(*inputs, 0.25, 1e-12),
+    "end of attention": lambda *inputs: torch.cat(dropout_add_layer_norm(*inputs, 0.25, 1e-12, twice=True)),
 }
 
 
@@ -97,14 +104,16 @@ PARTS = {
 def test_a_compiled_part_gives_the_gradients_that_it_gives_as_it_is(name, dtype):
     """In fp32, where no operation converts anything, torch 2.11 once gave zeros."""
     generator = torch.Generator().manual_seed(0)
-    y, residual, grad = (torch.randn(3, 10, 32, generator=generator).to(dtype) for _ in range(3))
-    inputs = (y, residual, 1 + torch.rand(32, generator=generator), torch.rand(32, generator=generator))
+    y, residual = (torch.randn(3, 10, 32, generator=generator).to(dtype) for _ in range(2))
+    y_bias, weight, bias = torch.rand(3, 32, generator=generator)
+    inputs = (y, y_bias, residual, 1 + weight, bias)
+    grad = torch.randn(6, 10, 32, generator=generator).to(dtype)
 
     def gradients(part) -> list[torch.Tensor]:
         torch.manual_seed(5)
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         out = part(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, grad, allow_unused=True)]
+        return [out, *torch.autograd.grad(out, leaves, grad[: len(out)], allow_unused=True)]
 
     found = gradients(torch.compile(PARTS[name], backend="aot_eager", fullgraph=True))
     torch.testing.assert_close(found, gradients(PARTS[name]))

@@ -30,10 +30,13 @@ SIZES = {
 LARGE = SIZES | {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 2}
 LARGE_BATCH = 128
 DENSE, SLOPE = SparsityConfig(), SparsityConfig(pruned_matrix="static-weight")
-PLAIN = {"no_compile": True, "cuda_graphs": "False", "unpad": "False", "attention": "flash"}
+PLAIN = {"no_compile": True, "cuda_graphs": "False", "unpad": "False"} | {
+    "attention": "flash",
+    "dense_kernels": False,
+}
 FAST = {"no_compile": False, "cuda_graphs": "auto", "unpad": "auto"}
-SHORT = FAST | {"attention": "short"}
-TOGETHER = {"all": FAST, "short attention": SHORT}
+OURS = FAST | {"attention": "short", "dense_kernels": True}
+TOGETHER = {"all": FAST, "our kernels": OURS}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -76,9 +76,7 @@ def test_adapters_that_join_leave_the_layers_to_themselves():
         with torch.no_grad():
             layer.lora_right.normal_()
         layer.refresh(rechoose=False)
-    y, bias = joint_product(normal("cpu", 40, IN, seed=7, dtype=DTYPE), layers)
-    assert not bias.any()
-    assert_same(results_of(layers, together), results_of(layers, each_alone))
+    assert joint_product(normal("cpu", 40, IN, seed=7, dtype=DTYPE), layers) is None
 
 
 def test_dense_layers_are_one_product():
@@ -102,8 +100,4 @@ def test_dense_layers_are_one_product():
 def test_what_cannot_be_joined_runs_apart(layers, kernels):
     made = layers()
     assert not join(made, [40]) and not kernels
-    y, bias = joint_product(
-        normal("cpu", 3, IN, seed=7, dtype=DTYPE),
-        [layer.to(DTYPE) if type(layer) is nn.Linear else layer for layer in made],
-    )
-    assert y.shape[-1] == sum(layer.out_features for layer in made) == len(bias) and not bias.any()
+    assert joint_product(normal("cpu", 3, IN, seed=7, dtype=DTYPE), made) is None

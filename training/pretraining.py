@@ -14,7 +14,7 @@ from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequ
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
 from kernels.build import KernelsUnavailable
 from kernels.joint import join
-from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums
+from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums, use_kernels
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
@@ -90,6 +90,23 @@ def unpads(args, config: BertConfig, sparsity: SparsityConfig, world: World) -> 
     return not found
 
 
+def run_dense_kernels(model: BertForPreTraining, compiled: bool, world: World) -> None:
+    """As `--dense_kernels` asks.
+
+    Raises:
+        UsageError: they cannot run.
+    """
+    if not compiled:
+        raise UsageError("--dense_kernels True: cannot run without a GPU's compiled blocks; leave it out")
+    try:
+        from kernels.lamb import check_device  # imports Triton, which CPU builds of torch lack
+
+        check_device(world.device)
+        use_kernels(model)
+    except KernelsUnavailable as reason:
+        raise UsageError(f"--dense_kernels True: {reason}") from reason
+
+
 def attends_shortly(args, config: BertConfig, unpadded: bool, longest: int, world: World) -> bool:
     """Whether kernels/short_attention.py runs the attention, as `--attention` says.
 
@@ -163,6 +180,8 @@ class PretrainingRun:
         compiled = on_gpu and not args.no_compile
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
+        if args.dense_kernels:
+            run_dense_kernels(model, compiled, self.world)
         places = self.local_batch_size * sequence_length
         other_tokens = [round(share * places) for share in SHARES_OF_TOKENS] if unpadded else []
         self.engine = Engine(

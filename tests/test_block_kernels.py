@@ -1,4 +1,4 @@
-"""kernels/short_attention.py without a GPU: its checks in Triton's interpreter, and where it is refused."""
+"""The Triton kernels of a block without a GPU: their checks in Triton's interpreter, and where they are refused."""
 
 import sys
 from types import SimpleNamespace
@@ -9,10 +9,10 @@ from interpreter import run_interpreted
 
 import kernels
 from kernels.build import KernelsUnavailable
-from modeling import BertConfig
+from modeling import BertConfig, BertForPreTraining
 from training.distributed import World
 from training.errors import UsageError
-from training.pretraining import PretrainingRun, attends_shortly
+from training.pretraining import PretrainingRun, attends_shortly, run_dense_kernels
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 
@@ -72,13 +72,48 @@ def test_what_a_run_is_told_reaches_the_model(short):
     assert (seen[0].short, seen[0].longest) == (short, 128)
 
 
-def test_without_triton_that_is_the_reason(monkeypatch):
+def without_triton(monkeypatch) -> None:
+    """And none of the modules that import it, but LAMB's, which has checked the device."""
     monkeypatch.setattr("kernels.lamb.check_device", lambda device: None)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "kernels.short_attention", raising=False)
-    monkeypatch.delattr(kernels, "short_attention", raising=False)
+    for name in ("short_attention", "dense_backward", "dropout"):
+        monkeypatch.delitem(sys.modules, f"kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
+
+
+def test_without_triton_that_is_the_reason(monkeypatch):
+    without_triton(monkeypatch)
     config = BertConfig(**SIZES, hidden_size=96, num_attention_heads=3)
     with pytest.raises(
         UsageError, match=r"^--attention short: no Triton \(.*\): it comes with every CUDA build of torch"
     ):
         attends_shortly(SimpleNamespace(attention="short"), config, True, 128, World(0, 1, 0, torch.device("cuda")))
+
+
+# --------------------------------------------------------------------------------------------------- the dense kernels
+CUDA = World(0, 1, 0, torch.device("cuda"))
+
+
+def test_the_dense_kernels_in_tritons_interpreter():
+    run_interpreted("dense_backward_interpreted.py")
+
+
+def test_dense_kernels_run_in_the_blocks_alone(monkeypatch):
+    monkeypatch.setattr("kernels.lamb.check_device", lambda device: None)
+    model = BertForPreTraining(BertConfig(**SIZES, hidden_size=96, num_attention_heads=3))
+    run_dense_kernels(model, True, CUDA)
+    told = [name for name, module in model.named_modules() if getattr(module, "kernels", False)]
+    block = "bert.encoder.layer.0"
+    assert told == [f"{block}.attention.output", f"{block}.intermediate", f"{block}.output"]
+
+
+def test_dense_kernels_are_refused_where_they_cannot_run(monkeypatch):
+    model = BertForPreTraining(BertConfig(**SIZES, hidden_size=96, num_attention_heads=3))
+    with pytest.raises(UsageError, match="^--dense_kernels True: cannot run without a GPU's compiled blocks"):
+        run_dense_kernels(model, False, CUDA)
+    without_triton(monkeypatch)
+    with pytest.raises(UsageError, match=r"^--dense_kernels True: no Triton \(.*\): it comes with every CUDA build"):
+        run_dense_kernels(model, True, CUDA)
+    monkeypatch.setattr("kernels.lamb.check_device", refuse)
+    with pytest.raises(UsageError, match="^--dense_kernels True: Triton needs a C compiler"):
+        run_dense_kernels(model, True, CUDA)

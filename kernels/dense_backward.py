@@ -1,0 +1,203 @@
+"""Backward passes of the dense parts of a block (kernels/dense_parts.py) in Triton: each number is read once.
+
+The compiler sums a bias's gradient in a pass of its own over what it has just written. Here a program takes the same
+columns of many tokens, and adds them up on its way; the programs' shares are added up after that. No atomics: equal
+inputs give equal bits. The formulas are those of kernels/dense_parts.py.
+"""
+# ruff: noqa: N803 - Triton's spelling of compile-time arguments
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.dropout import kept_by_dropout, settings, tl, triton
+
+COLUMNS_OF_PROGRAM = 1024  # of GELU's: 8 numbers a thread and row
+WARPS = 4
+ROWS = 4  # tokens at a time: what a thread loads before it waits
+PROGRAMS_OF_PROCESSOR = 4
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+@triton.jit
+def _normal_distribution(x):
+    """Phi(x) and phi(x), as `dense_parts._normal_distribution`."""
+    t = 1 / (1 + 0.23164188 * tl.abs(x))
+    polynomial = 1.061405429 * t
+    polynomial = (polynomial - 1.453152027) * t
+    polynomial = (polynomial + 1.421413741) * t
+    polynomial = (polynomial - 0.284496736) * t
+    polynomial = (polynomial + 0.254829592) * t
+    bell = tl.exp(-0.5 * x * x)
+    tail = 0.5 * polynomial * bell
+    return tl.where(x >= 0, 1 - tail, tail), bell * 0.3989422804014327
+
+
+@triton.jit
+def _gelu_backward(
+    grad_y,
+    x,
+    bias,
+    grad_x,
+    shares,
+    tokens,
+    tokens_of_program,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < COLUMNS
+    added = tl.load(bias + columns, mask=inside, other=0.0)[None, :]
+    first = tl.program_id(1) * tokens_of_program
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(first, tl.minimum(first + tokens_of_program, tokens), ROWS):
+        rows = begin + tl.arange(0, ROWS)
+        places = rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
+        there = (rows < tokens)[:, None] & inside[None, :]
+        exact = tl.load(x + places, mask=there, other=0.0).to(tl.float32) + added
+        grad = tl.load(grad_y + places, mask=there, other=0.0).to(tl.float32)
+        below, density = _normal_distribution(exact)
+        grad = grad * (below + exact * density)
+        tl.store(grad_x + places, grad.to(grad_x.dtype.element_ty), mask=there)
+        total += tl.sum(grad, 0)
+    tl.store(shares + tl.program_id(1) * COLUMNS + columns, total, mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    grad_out,
+    grad_skip,
+    total,
+    mean,
+    inverse_deviation,
+    weight,
+    seed,
+    grad_y,
+    grad_residual,
+    shares,
+    tokens,
+    tokens_of_program,
+    threshold,
+    kept_scale,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < HIDDEN
+    scale = tl.load(weight + columns, mask=inside, other=0.0)[None, :]
+    first = tl.program_id(0) * tokens_of_program
+    to_bias = tl.zeros([BLOCK], tl.float32)
+    to_weight = tl.zeros([BLOCK], tl.float32)
+    to_norm_bias = tl.zeros([BLOCK], tl.float32)
+    for begin in range(first, tl.minimum(first + tokens_of_program, tokens), ROWS):
+        rows = begin + tl.arange(0, ROWS)
+        exists = rows < tokens
+        places = rows[:, None].to(tl.int64) * HIDDEN + columns[None, :]
+        there = exists[:, None] & inside[None, :]
+        grad = tl.load(grad_out + places, mask=there, other=0.0).to(tl.float32)
+        if SKIP:
+            grad += tl.load(grad_skip + places, mask=there, other=0.0).to(tl.float32)
+        exact = tl.load(total + places, mask=there, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_deviation + rows, mask=exists, other=0.0)[:, None]
+        normalised = (exact - tl.load(mean + rows, mask=exists, other=0.0)[:, None]) * inverse
+        scaled = grad * scale
+        projected = normalised * (tl.sum(scaled * normalised, 1) / HIDDEN)[:, None]
+        to_residual = (scaled - (tl.sum(scaled, 1) / HIDDEN)[:, None] - projected) * inverse
+        to_y = to_residual
+        if DROPOUT:
+            numbers = rows[:, None] * HIDDEN + columns[None, :]
+            to_y = tl.where(kept_by_dropout(numbers, seed, threshold), to_residual * kept_scale, 0.0)
+        tl.store(grad_y + places, to_y.to(grad_y.dtype.element_ty), mask=there)
+        tl.store(grad_residual + places, to_residual.to(grad_residual.dtype.element_ty), mask=there)
+        to_bias += tl.sum(to_y, 0)
+        to_weight += tl.sum(grad * normalised, 0)
+        to_norm_bias += tl.sum(grad, 0)
+    share = shares + tl.program_id(0) * (3 * HIDDEN) + columns
+    tl.store(share, to_bias, mask=inside)
+    tl.store(share + HIDDEN, to_weight, mask=inside)
+    tl.store(share + 2 * HIDDEN, to_norm_bias, mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _division(tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
+    """Programs for each block of columns, and the tokens that each takes, a multiple of `ROWS`."""
+    programs = max(1, PROGRAMS_OF_PROCESSOR * _processors(device) // blocks)
+    each = max(1, math.ceil(tokens / (programs * ROWS))) * ROWS
+    return max(1, math.ceil(tokens / each)), each
+
+
+def _bias_gelu_backward(grad_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    columns = x.shape[-1]
+    tokens, blocks = x.numel() // columns, math.ceil(columns / COLUMNS_OF_PROGRAM)
+    programs, each = _division(tokens, blocks, x.device)
+    grad_x, shares = x.new_empty(x.shape), bias.new_empty(programs, columns)
+    inputs = (grad_y.contiguous(), x.contiguous(), bias, grad_x, shares, tokens, each)
+    with torch.cuda.device_of(x):
+        _gelu_backward[blocks, programs](*inputs, columns, COLUMNS_OF_PROGRAM, ROWS, num_warps=WARPS)
+    return grad_x, shares.sum(0)
+
+
+def _dropout_add_layer_norm_backward(
+    grad_out: Tensor,
+    grad_skip: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    probability: float,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = total.shape[-1]
+    tokens = total.numel() // hidden
+    programs, each = _division(tokens, 1, total.device)
+    grad_y, grad_residual = total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype)
+    shares = weight.new_empty(programs, 3, hidden)
+    inputs = (grad_out.contiguous(), grad_skip if grad_skip is None else grad_skip.contiguous(), total.contiguous())
+    statistics = (mean.contiguous(), inverse_deviation.contiguous(), weight, seed)
+    numbers = (tokens, each, *settings(probability))
+    block = triton.next_power_of_2(hidden)
+    with torch.cuda.device_of(total):
+        _norm_backward[programs,](
+            *(*inputs, *statistics, grad_y, grad_residual, shares, *numbers),
+            *(hidden, block, ROWS, grad_skip is not None, seed is not None),
+            num_warps=min(16, max(1, block // 256)),
+        )
+    return grad_y, grad_residual, shares.sum(0)
+
+
+_LIBRARY = torch.library.Library("slope", "FRAGMENT")
+_LIBRARY.define("bias_gelu_backward(Tensor grad_y, Tensor x, Tensor bias) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "dropout_add_layer_norm_backward(Tensor grad_out, Tensor? grad_skip, Tensor total, Tensor mean, "
+    "Tensor inverse_deviation, Tensor weight, Tensor? seed, float probability, ScalarType residual_dtype) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("bias_gelu_backward", _bias_gelu_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("dropout_add_layer_norm_backward", _dropout_add_layer_norm_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("slope::bias_gelu_backward")
+def _(grad_y, x, bias):
+    return x.new_empty(x.shape), torch.empty_like(bias)
+
+
+@torch.library.register_fake("slope::dropout_add_layer_norm_backward")
+def _(grad_out, grad_skip, total, mean, inverse_deviation, weight, seed, probability, residual_dtype):
+    sums = weight.new_empty(3, total.shape[-1])
+    return total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype), sums
+
+
+bias_gelu_backward = torch.ops.slope.bias_gelu_backward.default
+dropout_add_layer_norm_backward = torch.ops.slope.dropout_add_layer_norm_backward.default

@@ -1,0 +1,57 @@
+"""kernels/dense_backward.py in Triton's interpreter, which runs the kernels on CPU tensors: checks as on a GPU.
+
+TRITON_INTERPRET=1 python -m pytest tests/dense_backward_interpreted.py    # as tests/test_block_kernels.py does
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from dense_backward_checks import check_equal_bits, check_gelu, check_norm, check_other_layouts
+from test_compiled_parts import CONFIG, LENGTHS, batch_of, results_of
+
+from modeling import BertForPreTraining, compiled_parts, use_kernels
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (7, 1024), (53, 3072), (24, 1100)])
+def test_gradients_of_gelu(tokens, columns, dtype):
+    check_gelu("cpu", dtype, tokens, columns)
+
+
+@DTYPES
+@pytest.mark.parametrize(("probability", "twice"), [(0.0, False), (0.1, True), (0.5, False)])
+@pytest.mark.parametrize("shape", [(1, 96), (53, 768), (3, 9, 1024)], ids=str)
+def test_gradients_of_the_end_of_half_a_block(shape, probability, twice, dtype):
+    check_norm("cpu", dtype, shape, probability, twice)
+
+
+def test_equal_inputs_give_equal_bits():
+    check_equal_bits("cpu", torch.float16)
+
+
+def test_other_layouts():
+    check_other_layouts("cpu", torch.float16)
+
+
+def test_a_compiled_model_learns_what_it_does_without_kernels():
+    """Losses and gradients; whole graphs, one for all numbers of tokens."""
+    torch.manual_seed(0)
+    model = BertForPreTraining(replace(CONFIG, hidden_size=64, intermediate_size=128))
+    batches = [batch_of(lengths) for lengths in LENGTHS]
+    right = [results_of(model, batch, torch.float16) for batch in batches]
+    torch.compiler.reset()
+    use_kernels(model)
+    for part in compiled_parts(model):
+        part.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    counted, graphs = torch._dynamo.utils.counters["stats"], []
+    for batch, expected in zip(batches, right, strict=True):
+        losses, gradients = results_of(model, batch, torch.float16)
+        graphs.append(counted["unique_graphs"])
+        assert losses == pytest.approx(expected[0], rel=2e-3)
+        for name, gradient in expected[1].items():
+            if not name.endswith("key.bias"):  # softmax does not see it: its gradient is 0, but for rounding
+                assert (gradients[name] - gradient).norm() < 0.03 * gradient.norm(), name
+    assert len(set(graphs)) == 1 and graphs[0] > 0
