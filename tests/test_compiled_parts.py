@@ -12,6 +12,7 @@ from kernels.dense_parts import bias_gelu, dropout_add_layer_norm, dropout_seed,
 from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums
 from sparse_ops import add_adapters
 from training.assembly import build_model
+from training.engine import settle_compiler
 from training.sparsity import SparsityConfig
 
 CONFIG = BertConfig(
@@ -144,6 +145,30 @@ def results_of(
         sums = pretraining_loss_sums(*scores, batch.labels, torch.zeros(len(batch.labels), dtype=torch.int64))
     sum(sums).backward()
     return [loss.item() for loss in sums], {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_nothing_is_traced_twice():
+    """As a graph is whose constants were first taken for inputs."""
+    settle_compiler()
+    model = BertForPreTraining(CONFIG)
+    for part in compiled_parts(model):
+        part.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    results_of(model, batch_of(LENGTHS[0]))
+    counted = torch._dynamo.utils.counters
+    assert counted["aot_autograd"]["total"] == counted["stats"]["unique_graphs"] == 3  # two kinds of block, the head
+
+
+def test_what_another_run_has_compiled_is_not_compiled_again(monkeypatch, tmp_path):
+    settle_compiler()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counted, inputs = torch._dynamo.utils.counters["aot_autograd"], torch.randn(2, 4, 8)
+    for name in ("autograd_cache_saved", "autograd_cache_hit"):
+        before = counted[name]
+        x, bias = inputs[0].clone().requires_grad_(), inputs[1, 0].clone().requires_grad_()
+        torch.compile(bias_gelu, fullgraph=True)(x, bias).sum().backward()
+        assert counted[name] == before + 1, name
+        torch.compiler.reset()
 
 
 def check_same(found, expected) -> None:

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch import Tensor, nn
 
 from kernels.backends import select_backends
@@ -29,6 +31,17 @@ from training.graphs import Batch, MicroStepGraphs
 # What one compilation may be made anew for: kinds of layers, adapters that join, batches of other shapes.
 RECOMPILATIONS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def settle_compiler() -> None:
+    """What torch.compile does with the blocks of a model."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(RECOMPILATIONS, dynamo.recompile_limit)
+    # Probabilities and epsilons are constants. Else dynamic sizes make inputs of them, which tracing twice undoes.
+    dynamo.specialize_float = True
+    # Ours are traced into the graph, which the key of the cache is made of: another run of the same model need not
+    # compile them again.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def captures(flag: str, world: World, capturable: bool) -> bool:
@@ -85,7 +98,7 @@ class Engine:
         for part in compiled:
             part.compile(dynamic=dynamic)
         if compiled:
-            torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
+            settle_compiler()
         select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
