@@ -25,7 +25,7 @@ TENTHS = 10
 """Checkpoints of a run; runs branch off at these."""
 PREFIX = "pretraining"
 """Of every run's logs, so that a branch goes on in the log that it was given."""
-EVALUATIONS = 40
+EVALUATIONS = 20
 SQUAD_SEED = 0
 
 

@@ -12,7 +12,8 @@ from kernels.build import KernelsUnavailable
 from modeling import BertConfig, BertForPreTraining
 from training.distributed import World
 from training.errors import UsageError
-from training.pretraining import PretrainingRun, attends_shortly, run_dense_kernels
+from training.execution import attends_shortly, run_dense_kernels
+from training.pretraining import PretrainingRun
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 

@@ -13,8 +13,8 @@ from pretraining_runs import assembled, begin_ranks
 from torch import Tensor, nn
 
 from training.distributed import World, process_group
-from training.engine import captures
 from training.errors import UsageError
+from training.execution import captures
 from training.gradients import GradientBuckets
 
 SMALL = 4 * 8  # bytes: a bucket for each weight of the model below

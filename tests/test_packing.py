@@ -14,7 +14,7 @@ from data.shards import StepDataset
 from modeling import BertConfig
 from training.distributed import World
 from training.errors import UsageError
-from training.pretraining import unpads
+from training.execution import unpads
 from training.sparsity import SparsityConfig
 
 NO_ADAPTERS = {"pruned_matrix": "none", "add_lora": "False"}

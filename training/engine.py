@@ -24,7 +24,7 @@ from optimization import (
 )
 from sparse_ops import OperandRefresh, add_adapters
 from training.distributed import World
-from training.errors import UsageError
+from training.execution import captures
 from training.gradients import GradientBuckets
 from training.graphs import Batch, MicroStepGraphs
 
@@ -42,19 +42,6 @@ def settle_compiler() -> None:
     # Ours are traced into the graph, which the key of the cache is made of: another run of the same model need not
     # compile them again.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-
-
-def captures(flag: str, world: World, capturable: bool) -> bool:
-    """Whether micro-steps run as CUDA graphs, as `--cuda_graphs` says.
-
-    Raises:
-        UsageError: when it is asked for where they cannot.
-    """
-    possible = world.device.type == "cuda" and capturable
-    if flag == "True" and not possible:
-        reason = "--checkpoint_activations or this --pruned_matrix" if world.device.type == "cuda" else "a CPU"
-        raise UsageError(f"--cuda_graphs True: cannot run with {reason}; leave it out")
-    return possible and (flag == "True" or flag == "auto" and world.size == 1)
 
 
 class Engine:

@@ -12,18 +12,17 @@ from torch import Tensor
 from data.loader import Batch, StepLoader, step_loader
 from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
-from kernels.build import KernelsUnavailable
 from kernels.joint import join
-from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums, use_kernels
+from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
 from training.distributed import StopSignal, World, agree, sum_over_ranks
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
+from training.execution import attends_shortly, run_dense_kernels, unpads
 from training.logs import Logger
 from training.phases import Start, adapter_step
-from training.sparsity import SparsityConfig
 from training.throughput import peak_tflops, useful_flops
 
 CHECKPOINTS = "pretrain_ckpts"  # below --output_dir
@@ -64,76 +63,6 @@ class TakenStep:
     sums: Tensor
     """Summed MLM and next-sentence losses of this rank, on the host as soon as `copied`."""
     copied: torch.cuda.Event | None
-
-
-def unpads(args, config: BertConfig, sparsity: SparsityConfig, world: World) -> bool:
-    """Whether sequences lie end to end, with no padding computed: as `--unpad` says, or where the device is good at it.
-
-    Raises:
-        UsageError: when it is asked for on a GPU whose flash attention cannot run it.
-    """
-    if args.unpad == "False" or (args.unpad == "auto" and world.device.type != "cuda"):
-        return False
-    if args.unpad == "auto" and not sparsity.weights_alone:
-        return False
-    if world.device.type != "cuda":
-        return True
-    head = config.hidden_size // config.num_attention_heads
-    reasons = {
-        "--precision fp32": args.precision == "fp32",
-        "a GPU of compute capability below 8.0": torch.cuda.get_device_capability(world.device) < (8, 0),
-        f"attention heads of size {head}": head % 8 or head > 256,
-    }
-    found = [reason for reason, given in reasons.items() if given]
-    if found and args.unpad == "True":
-        raise UsageError(f"--unpad True: flash attention cannot run with {found[0]}; leave it out")
-    return not found
-
-
-def run_dense_kernels(model: BertForPreTraining, compiled: bool, world: World) -> None:
-    """As `--dense_kernels` asks.
-
-    Raises:
-        UsageError: they cannot run.
-    """
-    if not compiled:
-        raise UsageError("--dense_kernels True: cannot run without a GPU's compiled blocks; leave it out")
-    try:
-        from kernels.lamb import check_device  # imports Triton, which CPU builds of torch lack
-
-        check_device(world.device)
-        use_kernels(model)
-    except KernelsUnavailable as reason:
-        raise UsageError(f"--dense_kernels True: {reason}") from reason
-
-
-def attends_shortly(args, config: BertConfig, unpadded: bool, longest: int, world: World) -> bool:
-    """Whether kernels/short_attention.py runs the attention, as `--attention` says.
-
-    Raises:
-        UsageError: when it is asked for where it cannot run.
-    """
-    if args.attention == "flash":
-        return False
-    if world.device.type != "cuda":
-        raise UsageError("--attention short: cannot run with a CPU; leave it out")
-    try:
-        from kernels.lamb import check_device
-        from kernels.short_attention import HEAD_SIZES, LONGEST
-
-        check_device(world.device)
-    except KernelsUnavailable as reason:
-        raise UsageError(f"--attention short: {reason}") from reason
-    head = config.hidden_size // config.num_attention_heads
-    reasons = {
-        "padding computed (--unpad)": not unpadded,
-        f"sequences of {longest} tokens": longest > LONGEST,
-        f"attention heads of size {head}": head not in HEAD_SIZES,
-    }
-    found = [reason for reason, given in reasons.items() if given]
-    if found:
-        raise UsageError(f"--attention short: cannot run with {found[0]}; leave it out")
-    return True
 
 
 class PretrainingRun:
