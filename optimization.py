@@ -1,8 +1,7 @@
 """LAMB, the other optimizers, parameter groups, learning-rate schedules, and the one layout their state is saved in.
 
-A parameter is known by its name in the model. Whether it decays, and whether it has a
-trust ratio, go by that name and never by its number of dimensions: the kept values of an unstructured sparse layer are
-1-D and are weights all the same.
+A parameter is known by its name in the model. Whether it decays, and whether it has a trust ratio, go by that name and
+never by its number of dimensions: the kept values of an unstructured sparse layer are 1-D and are weights all the same.
 """
 
 import math

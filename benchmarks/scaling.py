@@ -5,9 +5,10 @@
     torchrun --standalone --nproc_per_node 8 benchmarks/scaling.py --output 8.json    # one of these launches alone
     python3 benchmarks/scaling.py --processes 8 --earlier 4.json --output 8.json      # after a command with 1,2,4
 
-The step is run_pretraining.py's own (`PretrainingRun.give_step`: CUDA graphs, LAMB, losses summed over all processes),
-with random sequences, as many for each process whatever their number. Its learning rate is 0: the processes stay alike,
-also where their gradients are not averaged. In each launch three ways of taking it take turns, a sample each a round:
+The step is run_pretraining.py's own (`PretrainingRun.give_step`: LAMB, losses summed over all processes; CUDA graphs of
+several processes with `--cuda_graphs True`), with random sequences, as many for each process whatever their number. Its
+learning rate is 0: the processes stay alike, also where their gradients are not averaged. In each launch three ways of
+taking it take turns, a sample each a round:
 
     together    as in training: the last micro-step's backward pass averages the gradients over all processes
     apart       as together, but no gradient is averaged
@@ -48,14 +49,14 @@ from benchmarks.training_step import MODELS, MachineReport, TrainingStep, machin
 from modeling import BertConfig
 from training.distributed import World, gather_objects, process_group, sum_over_ranks, this_process
 from training.errors import UsageError
-from training.flags import Parser, read_json, real, run_door, whole
+from training.flags import Parser, add_graph_flag, read_json, real, run_door, whole
 
 CONFIG = Path(__file__).resolve().parent.parent / "config" / "bert_large_uncased_config.json"
 COMMUNICATIONS = ("fp32", "bf16")
 # Flags that a launch takes over from the command that starts it, besides --rounds.
 FORWARDED = (
     *("models", "accumulations", "gradient_communication", "dtype", "local_batch_size", "sequence_length"),
-    *("model_config_file", "optimizer", "sample_seconds"),
+    *("model_config_file", "optimizer", "cuda_graphs", "sample_seconds"),
 )
 
 
@@ -91,6 +92,7 @@ def make_parser() -> Parser:
     parser.add_argument("--local_batch_size", default=64, type=whole(1), help="sequences of a process's micro-step")
     parser.add_argument("--sequence_length", default=128, type=whole(8), help="tokens of a sequence")
     parser.add_argument("--optimizer", default="fused-lamb", choices=("lamb", "fused-lamb"))
+    add_graph_flag(parser)
     parser.add_argument("--rounds", type=whole(1), help="samples of each way (default: 11; with --quick 5)")
     parser.add_argument("--sample_seconds", default=0.2, type=real(0), help="of a sample; at least one step")
     return parser
@@ -121,7 +123,7 @@ def read_flags() -> argparse.Namespace:
 
 def training_flags(args, model: str) -> SimpleNamespace:
     """The flags of run_pretraining.py that stand for the rest of the training."""
-    names = ("model_config_file", "local_batch_size", "optimizer")
+    names = ("model_config_file", "local_batch_size", "optimizer", "cuda_graphs")
     return run_flags(model, precision=args.dtype, **{name: getattr(args, name) for name in names})
 
 
@@ -247,7 +249,7 @@ def title(args) -> str:
     model = Path(args.model_config_file).stem.removesuffix("_config")
     return (
         f"{model}, {args.local_batch_size} x {args.sequence_length} tokens a process and micro-step, "
-        f"{args.dtype}, {args.optimizer}"
+        f"{args.dtype}, {args.optimizer}, --cuda_graphs {args.cuda_graphs}"
     )
 
 

@@ -160,6 +160,13 @@ def begin_ranks(flags: Sequence[str], ranks: int, *prepare: Callable[[], None]) 
     return [Run(flags, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, prepare) for rank in range(ranks)]
 
 
+def send_small_buckets() -> None:
+    """So that a small model's gradients fill dozens; to be called in each rank, as `prepare`."""
+    from training import gradients
+
+    gradients.BUCKET_BYTES = 1024
+
+
 def run(flags: Sequence[str], *prepare: Callable[[], None], ranks: int = 1, timeout: float = TIMEOUT) -> Finished:
     """Run to the end, which must be a good one; what rank 0 said."""
     runs = begin_ranks(flags, ranks, *prepare) if ranks > 1 else [begin_run(flags, *prepare)]

@@ -1,4 +1,7 @@
-"""Sums over ranks within CUDA graphs: of one rank, which captures what several would."""
+"""Gradient buckets within CUDA graphs, of one rank, whose sums NCCL has nothing to do for: storage, rounding, shapes.
+
+What NCCL does in a graph, tests/test_gpu_processes.py sees, on two GPUs.
+"""
 
 from __future__ import annotations
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from machine_gpus import COUNT, see_all
-from pretraining_runs import NO_DROPOUT, checkpoint, metrics, run, values, write_model
+from pretraining_runs import NO_DROPOUT, checkpoint, metrics, run, send_small_buckets, values, write_model
 from product_checks import unavailable
 
 pytestmark = pytest.mark.gpu
 COMPILING = 400  # seconds: the first run of a machine takes a minute to compile, more beside other tests
 # As narrow as the 2:4 kernels run.
 SIZES = {"hidden_size": 128, "intermediate_size": 512}
+# Some hundred places a micro-batch, of which ranks fill different numbers: each captures shapes of its own.
+BATCH = {"global_batch_size": 96, "local_batch_size": 24}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,8 +38,8 @@ def run_of(files, tmp_path_factory):
         key = (ranks, *flags.values())
         if key not in known:
             output = folder / f"{len(known)}"
-            settings = {"model_config_file": model, "precision": "bf16"} | flags
-            run(files.flags(output, **settings), see_all, ranks=ranks, timeout=COMPILING)
+            settings = {"model_config_file": model, "precision": "bf16"} | BATCH | flags
+            run(files.flags(output, **settings), see_all, send_small_buckets, ranks=ranks, timeout=COMPILING)
             assert [int(row["step"]) for row in metrics(output)] == list(range(1, 21))
             known[key] = values(output), {step: weights(output, step) for step in (15, 20)}
         return known[key]

@@ -58,7 +58,7 @@ def make_engine(backend: str, interval: int = 1, compiled: bool = False) -> Engi
     engine = Engine(
         *(model, world, SimpleNamespace(**flags), BATCH * LENGTH, print, objective),
         compiled=parts,
-        capturable=compiled,
+        obstacle="" if compiled else "a test",
     )
     engine.connect()
     kind = {"cutlass": CutlassOperands, "dense": DenseOperands}[backend]

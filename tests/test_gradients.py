@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from pretraining_runs import assembled, begin_ranks
 from torch import Tensor, nn
 
 from training.distributed import World, process_group
+from training.engine import Engine
 from training.errors import UsageError
-from training.execution import captures
+from training.execution import captures, obstacle_to_graphs
 from training.gradients import GradientBuckets
+from training.graphs import MicroStepGraphs
+from training.sparsity import SparsityConfig
 
 SMALL = 4 * 8  # bytes: a bucket for each weight of the model below
 
@@ -110,11 +115,25 @@ def test_a_parameter_without_gradient_is_an_error_that_names_it(alone, unused, n
         buckets.finish()
 
 
+def test_a_gradient_that_comes_twice_is_an_error(alone):
+    """In place of another: the bucket would be full, and have gone out too early."""
+    model = three_layers()
+    buckets = GradientBuckets(model, bucket_bytes=2**20)
+    buckets.begin(True)
+    first, _, *others = model.parameters()
+    for parameter in (*others, first, first):
+        buckets._arrived(parameter)
+    buckets._arrived(others[0])
+    with pytest.raises(RuntimeError, match="or several"):
+        buckets.finish()
+
+
 def test_nothing_is_summed_any_more_once_removed(alone, monkeypatch):
     model = three_layers()
     buckets = GradientBuckets(model)
     buckets.remove()
     buckets.begin(True)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
     model(torch.ones(4, 3)).sum().backward()
     assert not buckets.sent
 
@@ -132,6 +151,7 @@ def begin_apart(flags: list[str], result: Path) -> None:
         for parameter in begun.engine.model.parameters():
             parameter.add_(begun.world.rank)
         begun.engine.connect()
+        assert os.environ["NCCL_GRAPH_REGISTER"] == "0"  # else ranks would have to capture together
     torch.save([parameter.detach() for parameter in begun.engine.model.parameters()], f"{result}.{begun.world.rank}")
     sys.exit(0)
 
@@ -145,28 +165,51 @@ def test_all_ranks_begin_with_the_first_one_s_weights(files, tmp_path):
     assert all(map(torch.equal, first, own)) and all(map(torch.equal, second, own))
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_fp16_begins_with_the_scale_that_a_loss_averaged_over_ranks_would_have(files, tmp_path, monkeypatch, ranks):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    begun = assembled(files.flags(tmp_path / "out", precision="fp16"))
+    assert begun.engine.scaler.get_scale() == 65536 * ranks
+
+
 # ----------------------------------------------------------------------------------------------- which steps are graphs
 GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("flag", "ranks", "device", "capturable", "expected"),
+    ("flag", "ranks", "device", "obstacle", "expected"),
     [
-        ("auto", 1, GPU, True, True),
-        ("auto", 2, GPU, True, False),
-        ("True", 2, GPU, True, True),
-        ("False", 1, GPU, True, False),
-        ("auto", 1, GPU, False, False),
-        ("auto", 1, torch.device("cpu"), True, False),
+        ("auto", 1, GPU, "", True),
+        ("auto", 2, GPU, "", False),
+        ("True", 2, GPU, "", True),
+        ("False", 1, GPU, "", False),
+        ("auto", 1, GPU, "--checkpoint_activations", False),
+        ("auto", 1, torch.device("cpu"), "", False),
     ],
 )
-def test_micro_steps_are_graphs_where_asked_and_possible(flag, ranks, device, capturable, expected):
-    assert captures(flag, World(0, ranks, 0, device), capturable) is expected
+def test_micro_steps_are_graphs_where_asked_and_possible(flag, ranks, device, obstacle, expected):
+    assert captures(flag, World(0, ranks, 0, device), obstacle) is expected
 
 
 @pytest.mark.parametrize(
-    ("device", "capturable", "named"), [(torch.device("cpu"), True, "a CPU"), (GPU, False, "--checkpoint_activations")]
+    ("device", "flags", "pruned_matrix", "named"),
+    [
+        (torch.device("cpu"), {}, "none", "a CPU"),
+        (GPU, {"checkpoint_activations": True}, "none", "--checkpoint_activations"),
+        (GPU, {}, "dynamic-weight", "--pruned_matrix dynamic-weight"),
+    ],
 )
-def test_graphs_that_cannot_be_are_an_error(device, capturable, named):
-    with pytest.raises(UsageError, match=f"^--cuda_graphs True: cannot run with {named}"):
-        captures("True", World(0, 1, 0, device), capturable)
+def test_graphs_that_cannot_be_are_an_error(device, flags, pruned_matrix, named):
+    obstacle = obstacle_to_graphs(SimpleNamespace(**flags), SparsityConfig(pruned_matrix))
+    with pytest.raises(UsageError, match=f"^--cuda_graphs True: cannot run with {named}; leave it out"):
+        captures("True", World(0, 1, 0, device), obstacle)
+
+
+def test_a_run_that_ends_frees_its_graphs_whoever_still_holds_them():
+    """As the traceback of an error does: the process group would wait for them."""
+    graphs = MicroStepGraphs(None, [])
+    graphs.captured["a shape"] = object()
+    engine = Engine.__new__(Engine)
+    engine.graphs, engine.buckets = graphs, None
+    engine.disconnect()
+    assert not graphs.captured and engine.graphs is None

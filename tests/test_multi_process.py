@@ -19,6 +19,7 @@ from pretraining_runs import (
     begin_ranks,
     losses,
     run,
+    send_small_buckets,
     uneven_batch,
     values,
     wait_for_step,
@@ -53,7 +54,7 @@ def test_two_processes_train_as_one_does(files, tmp_path, batch):
     """Through accumulation, the adapter switch and evaluation; to rounding, since sums are in another order."""
     for ranks in (1, 2):
         flags = without_dropout(files, tmp_path / str(ranks), eval_dir=files.heldout, eval_interval=10, **batch)
-        run(flags, ranks=ranks)
+        run(flags, send_small_buckets, ranks=ranks)
     for column in ("step_loss", "mlm_loss", "nsp_loss", "average_loss", "heldout_mlm_loss", "heldout_mlm_accuracy"):
         one, two = (values(tmp_path / str(ranks), column) for ranks in (1, 2))
         assert two == pytest.approx(one, rel=1e-4), column

@@ -58,7 +58,7 @@ class Engine:
         compiled: parts of the model that torch.compile gets.
         dynamic: whether their inputs' sizes differ from batch to batch.
         other_tokens: of smaller micro-batches, where their sizes differ: tuned for too.
-        capturable: whether nothing in a micro-step asks the host what to do.
+        obstacle: the flag, if there is one, by which a micro-step asks the host what to do: it cannot be a graph then.
 
     Raises:
         UsageError: what flags ask for cannot run.
@@ -75,11 +75,11 @@ class Engine:
         compiled: Sequence[nn.Module] = (),
         dynamic: bool = False,
         other_tokens: Sequence[int] = (),
-        capturable: bool = False,
+        obstacle: str = "",
     ):
         self.model, self.world, self.args = model.to(world.device), world, args
         self.objective, self.graphs, self.buckets = objective, None, None
-        self.captured = captures(args.cuda_graphs, world, capturable)
+        self.captured = captures(args.cuda_graphs, world, obstacle)
         self.sums_gradients = world.size > 1
         self.dtype = DTYPES[args.precision]
         for part in compiled:
@@ -94,7 +94,9 @@ class Engine:
                 lamb_kernels(world.device)
             except KernelsUnavailable as reason:
                 report(f"LAMB in torch's foreach operations ({reason})")
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
+        # What torch begins with is meant for losses that are averaged over ranks; ours are shares of one loss.
+        init_scale = 2.0**16 * world.size
+        self.scaler = torch.amp.GradScaler(world.device.type, init_scale, enabled=args.precision == "fp16")
         self.refresh = OperandRefresh(model, args.double_prune_interval)
         self.refresh.attach(self.optimizer)
 
@@ -109,6 +111,8 @@ class Engine:
 
     def disconnect(self) -> None:
         """Drop what `connect` built."""
+        if self.graphs is not None:
+            self.graphs.close()
         if self.buckets is not None:
             self.buckets.remove()
         self.buckets, self.graphs = None, None

@@ -12,13 +12,24 @@ from training.errors import UsageError
 from training.sparsity import SparsityConfig
 
 
-def captures(flag: str, world: World, capturable: bool) -> bool:
-    """Whether micro-steps run as CUDA graphs, as `--cuda_graphs` says."""
-    possible = world.device.type == "cuda" and capturable
-    if flag == "True" and not possible:
-        reason = "--checkpoint_activations or this --pruned_matrix" if world.device.type == "cuda" else "a CPU"
-        raise UsageError(f"--cuda_graphs True: cannot run with {reason}; leave it out")
-    return possible and (flag == "True" or flag == "auto" and world.size == 1)
+def captures(flag: str, world: World, obstacle: str) -> bool:
+    """Whether micro-steps run as CUDA graphs, as `--cuda_graphs` says.
+
+    Args:
+        obstacle: another flag that forbids it, or nothing.
+    """
+    if world.device.type != "cuda":
+        obstacle = "a CPU"
+    if flag == "True" and obstacle:
+        raise UsageError(f"--cuda_graphs True: cannot run with {obstacle}; leave it out")
+    return not obstacle and (flag == "True" or flag == "auto" and world.size == 1)
+
+
+def obstacle_to_graphs(args, sparsity: SparsityConfig) -> str:
+    """The flag by which micro-steps ask the host what to do, as layers of the ablations and checkpointed ones."""
+    if getattr(args, "checkpoint_activations", False):  # fine-tuning has none
+        return "--checkpoint_activations"
+    return "" if sparsity.weights_alone else f"--pruned_matrix {sparsity.pruned_matrix}"
 
 
 def unpads(args, config: BertConfig, sparsity: SparsityConfig, world: World) -> bool:

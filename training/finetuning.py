@@ -26,6 +26,7 @@ from training.checkpoint import (
 from training.distributed import OutputLock, StopSignal, World, gather_objects, process_group, sum_over_ranks
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
+from training.execution import obstacle_to_graphs
 from training.finetune_setup import Setup
 from training.logs import Logger, open_json_lines
 from training.sparsity import SparsityConfig
@@ -101,7 +102,7 @@ class FineTuning:
             *(model, world, args, sequences * args.max_seq_length, self.execution.append),
             # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
             partial(_objective, losses),
-            capturable=setup.sparsity.weights_alone,
+            obstacle=obstacle_to_graphs(args, setup.sparsity),
         )
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 

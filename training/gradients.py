@@ -36,8 +36,8 @@ class _Bucket:
 class GradientBuckets:
     """The storage of a model's gradients, and their sums over all ranks.
 
-    Gradients are views of the buckets from here on: they may only be set to zero in place. Parameters are rank 0's to
-    begin with. Buckets are sent in one order on all ranks, about that in which the backward pass completes them.
+    Gradients are views of the buckets from here on: they may only be set to zero in place. Buckets are sent in one
+    order on all ranks, about that in which the backward pass completes them. Trained weights begin as rank 0's.
 
     Args:
         model: whose parameters all get a gradient in each backward pass, on every rank.
@@ -45,8 +45,9 @@ class GradientBuckets:
             rounded once, and each sum of them.
     """
 
-    def __init__(self, model: nn.Module, communication: torch.dtype = torch.float32, bucket_bytes: int = BUCKET_BYTES):
+    def __init__(self, model: nn.Module, communication: torch.dtype = torch.float32, bucket_bytes: int = 0):
         self.communication = communication
+        bucket_bytes = bucket_bytes or BUCKET_BYTES
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.buckets = [_Bucket()]
@@ -105,9 +106,9 @@ class GradientBuckets:
         """
         if self.missing is None:
             return
-        if len(self.sent) < len(self.buckets):
-            late = self.buckets[len(self.sent)].parameters
-            names = ", ".join(self.names[id(parameter)] for parameter in late)
+        if any(self.missing):
+            odd = [bucket for bucket, missing in zip(self.buckets, self.missing, strict=True) if missing]
+            names = ", ".join(self.names[id(parameter)] for bucket in odd for parameter in bucket.parameters)
             raise RuntimeError(f"a parameter got no gradient, or several, among {names}")
         self._receive()
         self.missing = None
@@ -117,6 +118,9 @@ class GradientBuckets:
         torch._foreach_zero_([bucket.gradients for bucket in self.buckets])
 
     def remove(self) -> None:
-        """Sum nothing from now on; the gradients stay where they are."""
+        """Sum nothing from now on, and hold no gradients."""
         for handle in self.handles:
             handle.remove()
+        for bucket in self.buckets:
+            for parameter in bucket.parameters:
+                parameter.grad = None

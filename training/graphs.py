@@ -71,10 +71,19 @@ class MicroStepGraphs:
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the loader's, may allocate and ask for events meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = self.function(inputs, summed)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = self.function(inputs, summed)
+        except Exception:
+            graph.reset()  # as in `close`
+            raise
         torch.cuda.set_rng_state(random_state)
         self.captured[_key(batch, summed)] = _Captured(graph, inputs, output)
+
+    def close(self) -> None:
+        """Free all graphs: a process group waits for those that hold its kernels when it ends, and an error that is on
+        its way keeps this object alive until after that."""
+        self.captured.clear()
 
     def rehearse(self, inputs: Batch) -> None:
         """Run once as usual, so that everything is compiled and loaded that may not be while capturing.

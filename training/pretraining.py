@@ -20,7 +20,7 @@ from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_ch
 from training.distributed import StopSignal, World, agree, sum_over_ranks
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
-from training.execution import attends_shortly, run_dense_kernels, unpads
+from training.execution import attends_shortly, obstacle_to_graphs, run_dense_kernels, unpads
 from training.logs import Logger
 from training.phases import Start, adapter_step
 from training.throughput import peak_tflops, useful_flops
@@ -118,8 +118,7 @@ class PretrainingRun:
             other_tokens=other_tokens,
             compiled=compiled_parts(model) if compiled else (),
             dynamic=unpadded,
-            # Layers of the ablations, and checkpointed ones, ask the host what to do.
-            capturable=self.sparsity.weights_alone and not args.checkpoint_activations,
+            obstacle=obstacle_to_graphs(args, self.sparsity),
         )
         if self.short_attention:
             attentions = [block.attention.self for block in model.bert.encoder.layer]
