@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices are
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from machine_gpus import share_out  # noqa: E402
+from optimizer_toys import FusedLAMB  # noqa: E402
 from pretraining_runs import TrainingFiles, begin_run, make_files  # noqa: E402
+
+import optimization  # noqa: E402
 
 torch.set_num_threads(1)
 share_out()
@@ -45,3 +49,20 @@ def whole_run(files, tmp_path_factory) -> Path:
     run = begin_run(files.flags(output, eval_dir=files.heldout, eval_interval=10)).finish()
     assert run.code == 0, run.stderr
     return output
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """NVIDIA's apex is installed, as far as its detection can see."""
+    package, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    apply = types.ModuleType("apex.multi_tensor_apply")
+    optimizers.FusedLAMB = FusedLAMB
+    apply.multi_tensor_applier = types.SimpleNamespace(available=True)
+    for module in (package, optimizers, apply):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The model lies on a GPU, as far as the choice of the optimizer can see."""
+    monkeypatch.setattr(optimization, "_on_cuda", lambda groups: True)
