@@ -43,9 +43,10 @@ class GradientBuckets:
         model: whose parameters all get a gradient in each backward pass, on every rank.
         communication: the dtype that gradients are added up in. With bf16, half the bytes of fp32, each rank's part is
             rounded once, and each sum of them.
+        bucket_bytes: after which a bucket is full; `BUCKET_BYTES` by default.
     """
 
-    def __init__(self, model: nn.Module, communication: torch.dtype = torch.float32, bucket_bytes: int = 0):
+    def __init__(self, model: nn.Module, communication: torch.dtype = torch.float32, bucket_bytes: int | None = None):
         self.communication = communication
         bucket_bytes = bucket_bytes or BUCKET_BYTES
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -102,7 +103,7 @@ class GradientBuckets:
         """After the backward pass: the device goes on with the sums, once they are there.
 
         Raises:
-            RuntimeError: a parameter got no gradient.
+            RuntimeError: a parameter got no gradient, or several.
         """
         if self.missing is None:
             return
