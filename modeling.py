@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.dense_parts import bias_gelu, dropout_add_layer_norm
-from kernels.joint import joint_product, without_bias
+from kernels.embedding import lookup
+from kernels.joint import products, without_bias
 from training.errors import UsageError
 from training.flags import read_json
 
@@ -179,6 +180,13 @@ def packed_attention(query_TAD: Tensor, key_TAD: Tensor, value_TAD: Tensor, pack
     return F.scaled_dot_product_attention(*inputs, sequence_T[:, None] == sequence_T, dropout_p).transpose(0, 1)
 
 
+class NormOfSum(nn.LayerNorm):
+    """LayerNorm of the sum of tensors."""
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return super().forward(sum(parts[1:], parts[0]))
+
+
 class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -189,7 +197,7 @@ class BertEmbeddings(nn.Module):
             self.word_embeddings.weight[config.vocab_size :].zero_()
         self.position_embeddings = _embedding(config, config.max_position_embeddings)
         self.token_type_embeddings = _embedding(config, config.type_vocab_size)
-        self.LayerNorm = _layer_norm(config)
+        self.LayerNorm = NormOfSum(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids_BS: Tensor, token_type_ids_BS: Tensor, positions_T: Tensor | None = None) -> Tensor:
@@ -197,10 +205,10 @@ class BertEmbeddings(nn.Module):
         if positions_T is None:
             positions_SH = self.position_embeddings.weight[: input_ids_BS.shape[1]]
         else:
-            positions_SH = self.position_embeddings(positions_T)
-        words_BSH = self.word_embeddings(input_ids_BS)
-        types_BSH = self.token_type_embeddings(token_type_ids_BS)
-        return self.dropout(self.LayerNorm(words_BSH + types_BSH + positions_SH))
+            positions_SH = lookup(self.position_embeddings, positions_T)
+        words_BSH = lookup(self.word_embeddings, input_ids_BS)
+        types_BSH = lookup(self.token_type_embeddings, token_type_ids_BS)
+        return self.dropout(self.LayerNorm(words_BSH, types_BSH, positions_SH))
 
 
 class BertSelfAttention(nn.Module):
@@ -221,10 +229,10 @@ class BertSelfAttention(nn.Module):
         if isinstance(attention, Packing) and attention.short:
             from kernels.short_attention import short_attention  # imports Triton, which CPU builds of torch lack
 
-            joint = joint_product(hidden_TH, self.projections())
-            if joint is not None:
-                qkv_TPAD = joint[0].unflatten(-1, (3, self.num_heads, -1))
-                return short_attention(qkv_TPAD, joint[1], attention.boundaries, dropout_p).flatten(1)
+            outputs, bias = products(hidden_TH, self.projections())
+            shape = (3, self.num_heads, -1) if len(outputs) == 1 else (self.num_heads, -1)
+            heads = [output.unflatten(-1, shape) for output in outputs]
+            return short_attention(heads, bias, attention.boundaries, dropout_p).flatten(1)
         heads_TAD = [projection(hidden_TH).unflatten(-1, (self.num_heads, -1)) for projection in self.projections()]
         if isinstance(attention, Packing):
             return packed_attention(*heads_TAD, attention, dropout_p).flatten(1)
@@ -488,10 +496,10 @@ class BertForQuestionAnswering(nn.Module):
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
     """What torch.compile gets, one by one: blocks of one structure share one compilation.
 
-    Not the embeddings: compiled, their gradient would be added up by atomics, in no fixed order.
+    Not the embeddings' lookups: compiled, their gradient would be added up by atomics, in no fixed order.
     """
-    blocks = list(model.bert.encoder.layer)
-    return [*blocks, model.cls.predictions] if hasattr(model, "cls") else blocks
+    parts = [model.bert.embeddings.LayerNorm, *model.bert.encoder.layer]
+    return [*parts, model.cls.predictions] if hasattr(model, "cls") else parts
 
 
 def use_kernels(model: nn.Module) -> None:

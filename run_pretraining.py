@@ -22,6 +22,7 @@ from training.distributed import OutputLock, StopSignal, World, agree, process_g
 from training.errors import UsageError
 from training.flags import (
     Parser,
+    add_block_flags,
     add_graph_flag,
     add_precision_flags,
     add_switch,
@@ -109,15 +110,7 @@ def parse_arguments(argv: list[str] | None = None):
         choices=("auto", "True", "False"),
         help="compute no padding: sequences lie end to end; auto: on a GPU whose flash attention can run it",
     )
-    add_switch(
-        speed, "--dense_kernels", "run the backward passes of GELU, dropout and LayerNorm by kernels of ours in Triton"
-    )
-    speed.add_argument(
-        "--attention",
-        default="flash",
-        choices=("flash", "short"),
-        help="what runs it where no padding is computed: torch's flash attention, or ours for up to 128 tokens",
-    )
+    add_block_flags(speed)
     sparsity = add_sparsity_flags(parser, add_lora_words=("True", "False", "lazy"))
     sparsity.add_argument(
         "--lazy_lora_fraction", default=0.01, type=real(0, 1), help="share of all steps that lazy adapters train for"

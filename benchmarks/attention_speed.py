@@ -46,7 +46,7 @@ class Attention:
             from kernels.short_attention import short_attention  # imports Triton, which CPU builds of torch lack
 
             self.inputs = [qkv.detach().requires_grad_(), bias]
-            self.attend = partial(short_attention, boundaries=boundaries, dropout_p=dropout_p)
+            self.attend = lambda qkv, bias: short_attention([qkv], bias, boundaries, dropout_p)
         else:
             packing = Packing(boundaries, boundaries[:-1], torch.empty(0), LONGEST)
             self.inputs = [part.contiguous().requires_grad_() for part in qkv.detach().unbind(1)]

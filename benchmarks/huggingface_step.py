@@ -69,7 +69,8 @@ class HuggingFaceStep:
         with torch.autocast(self.device.type, self.dtype):
             return self.model(**batch).loss
 
-    def _forward_and_backward(self, batch: dict[str, Tensor]) -> Tensor:
+    def _forward_and_backward(self, batch: dict[str, Tensor], summed: bool = False) -> Tensor:
+        """On one process there is nothing to sum over."""
         loss = self.loss(batch) / self.accumulation
         loss.backward()
         return loss.detach()

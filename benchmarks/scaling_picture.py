@@ -36,7 +36,7 @@ def draw(rows: Sequence[dict], heading: str, output: Path) -> None:
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     speed.set_title(heading, loc="left", fontsize="medium")
-    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(output)
     plt.close(figure)
 

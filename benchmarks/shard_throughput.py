@@ -156,7 +156,7 @@ def flags_for(model: str, way: str, args, length: int, sequences: int) -> Simple
         max_predictions_per_seq=predictions_of(length),
         masked_token_fraction=0.15,
         unpad=WAYS[way],
-        attention=args.attention if way == "unpadded" else "flash",
+        attention=args.attention if way == "unpadded" else "auto",
         max_steps=MANY_STEPS,
     )
 

@@ -18,7 +18,6 @@ from training.throughput import peak_tflops, useful_flops
 
 HUGGINGFACE = "huggingface"
 OURS = {"dense": ("dense", 0), "slope": ("slope", 0), "slope-16": ("slope", 16), "slope-64": ("slope", 64)}
-SHORT = 128  # tokens: what attention for short sequences takes
 MULTIPLE = 8  # of the largest batch
 
 
@@ -80,8 +79,7 @@ def make_step(name: str, setting: Setting, args, world: World, **more) -> Traini
         step = HuggingFaceStep(config, world, args.dtype, setting.sequences, setting.length)
     else:
         model, rank = OURS[name]
-        same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "dense_kernels")}
-        same["attention"] = args.attention if setting.length <= SHORT else "flash"
+        same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "attention", "dense_kernels")}
         flags = run_flags(model, precision=args.dtype, local_batch_size=setting.sequences, **same, **more)
         step = TrainingStep(flags, config, world, setting.length, rank)
     step.repeat(args.accumulation)

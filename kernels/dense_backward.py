@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.dropout import kept_by_dropout, settings, tl, triton
+from kernels.triton_parts import kept_by_dropout, settings, sum_of_shares, tl, triton
 
 COLUMNS_OF_PROGRAM = 1024  # of GELU's: 8 numbers a thread and row
 WARPS = 4
@@ -145,7 +145,7 @@ def _bias_gelu_backward(grad_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor
     inputs = (grad_y.contiguous(), x.contiguous(), bias, grad_x, shares, tokens, each)
     with torch.cuda.device_of(x):
         _gelu_backward[blocks, programs](*inputs, columns, COLUMNS_OF_PROGRAM, ROWS, num_warps=WARPS)
-    return grad_x, shares.sum(0)
+    return grad_x, sum_of_shares(shares)
 
 
 def _dropout_add_layer_norm_backward(
@@ -174,7 +174,7 @@ def _dropout_add_layer_norm_backward(
             *(hidden, block, ROWS, grad_skip is not None, seed is not None),
             num_warps=min(16, max(1, block // 256)),
         )
-    return grad_y, grad_residual, shares.sum(0)
+    return grad_y, grad_residual, sum_of_shares(shares)
 
 
 _LIBRARY = torch.library.Library("slope", "FRAGMENT")

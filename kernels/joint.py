@@ -101,14 +101,17 @@ def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(x, layer.weight) if type(layer) is nn.Linear else layer.product(x, None), layer.bias
 
 
-def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
-    """The outputs of linear layers of one input side by side, [..., all outputs], before their biases, and these, fp32
-    [all outputs]; None where the layers' products are not one."""
+def products(x: Tensor, layers: Sequence[nn.Module]) -> tuple[list[Tensor], Tensor]:
+    """The outputs of linear layers of one input, before their biases, and these, fp32 [all outputs].
+
+    Returns:
+        One tensor [..., all outputs], side by side, where the layers' products are one, as dense ones always are; else
+        one [..., out] of each layer.
+    """
+    bias = torch.cat([layer.bias for layer in layers])
     if all(type(layer) is nn.Linear for layer in layers):
-        y = F.linear(x, torch.cat([layer.weight for layer in layers]))
-    else:
-        joint = getattr(getattr(layers[0], "operands", None), "joint", None)
-        if joint is None or any(layer.operands.joint is not joint or layer.lora_left is not None for layer in layers):
-            return None
-        y = joint(x, layers)
-    return y, torch.cat([layer.bias for layer in layers])
+        return [F.linear(x, torch.cat([layer.weight for layer in layers]))], bias
+    joint = getattr(getattr(layers[0], "operands", None), "joint", None)
+    if joint is None or any(layer.operands.joint is not joint or layer.lora_left is not None for layer in layers):
+        return [without_bias(layer, x)[0] for layer in layers], bias
+    return [joint(x, layers)], bias

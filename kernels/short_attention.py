@@ -1,11 +1,12 @@
-"""Attention of sequences that lie end to end and have at most 128 tokens, in Triton.
+"""Attention of sequences that lie end to end and have at most 128 tokens, in Triton; on a Hopper GPU the backward pass
+of heads of size 64 in Gluon (kernels/hopper_attention.py).
 
 A program takes one head of one sequence. All its scores fit into registers, so the softmax is the plain one, nothing is
 kept for the backward pass but the inputs, and that is one kernel: it computes the probabilities again, needs no output
 of the forward pass, and adds nothing up across programs, so equal inputs give equal bits.
 
-Query, key and value come and their gradients go as one matrix, as a joint projection gives it and wants it; the
-projection's bias is added here. With P the softmax of Q K^T / sqrt(D) over a sequence's keys, M the mask of dropout
+Query, key and value come as one matrix, as a joint projection gives it, or as three; their gradients go as one. The
+projections' biases are added here. With P the softmax of Q K^T / sqrt(D) over a sequence's keys, M the mask of dropout
 with probability p:
 
     O  = P' V,  P' = P * M / (1 - p)
@@ -14,17 +15,21 @@ with probability p:
     dS = P * (dP - rowsum(dP * P))
     dQ = dS K / sqrt(D)         dK = dS^T Q / sqrt(D)
 
-The mask is that of `kernels.dense_parts.kept_by_dropout` for the shape [T, A, 128], drawn again in the backward pass.
+The mask is a function of a seed, and drawn again in the backward pass: 16 bits of a hash for each score. Four scores,
+those of queries q and q + 8 with keys k and k + 8, share their three multiplications: in the layout that tensor cores
+want, these lie in one thread, and the compiler finds that it would compute the same four times.
 """
 # ruff: noqa: N803 - Triton's spelling of compile-time arguments
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dense_parts import dropout_seed
-from kernels.dropout import kept_by_dropout, settings, tl, triton
+from kernels.triton_parts import sum_of_shares, tl, triton
 
 LONGEST = 128  # tokens of a sequence
 HEAD_SIZES = (16, 32, 64)  # with 128 the backward pass wants 128 KiB of shared memory, which not all GPUs have
@@ -41,60 +46,95 @@ def _tokens(boundaries, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _places(first, head, PARTS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, LONGEST: tl.constexpr):
-    """Where the head's numbers lie in [T, PARTS, HEADS, SIZE], those of the first part, [LONGEST, SIZE]."""
+def _places(first, head, STRIDE: tl.constexpr, SIZE: tl.constexpr, LONGEST: tl.constexpr):
+    """Where the head's numbers lie, [LONGEST, SIZE], with rows STRIDE apart."""
     tokens = first.to(tl.int64) + tl.arange(0, LONGEST)
-    return tokens[:, None] * (PARTS * HEADS * SIZE) + head * SIZE + tl.arange(0, SIZE)[None, :]
+    return tokens[:, None] * STRIDE + head * SIZE + tl.arange(0, SIZE)[None, :]
 
 
 @triton.jit
-def _with_bias(qkv, bias, places, inside, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+def _with_bias(given, bias, places, inside, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
     """Query, key or value, by PART, rounded to the dtype that they came in."""
-    given = tl.load(qkv + places + PART * HEADS * SIZE, mask=inside, other=0.0)
+    numbers = tl.load(given + places, mask=inside, other=0.0)
     added = tl.load(bias + (PART * HEADS + head) * SIZE + tl.arange(0, SIZE))
-    return (given.to(tl.float32) + added[None, :]).to(given.dtype)
+    return (numbers.to(tl.float32) + added[None, :]).to(numbers.dtype)
 
 
 @triton.jit
-def _inputs(qkv, bias, first, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr, LONGEST: tl.constexpr):
-    """Which rows have a token, where the head's numbers lie in `qkv`, and query, key and value."""
+def _inputs(
+    query,
+    key,
+    value,
+    bias,
+    first,
+    length,
+    head,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LONGEST: tl.constexpr,
+):
+    """Which rows have a token, and query, key and value."""
     inside = (tl.arange(0, LONGEST) < length)[:, None]
-    places = _places(first, head, 3, HEADS, SIZE, LONGEST)
-    q = _with_bias(qkv, bias, places, inside, head, 0, HEADS, SIZE)
-    k = _with_bias(qkv, bias, places, inside, head, 1, HEADS, SIZE)
-    v = _with_bias(qkv, bias, places, inside, head, 2, HEADS, SIZE)
-    return inside, places, q, k, v
+    places = _places(first, head, STRIDE, SIZE, LONGEST)
+    q = _with_bias(query, bias, places, inside, head, 0, HEADS, SIZE)
+    k = _with_bias(key, bias, places, inside, head, 1, HEADS, SIZE)
+    v = _with_bias(value, bias, places, inside, head, 2, HEADS, SIZE)
+    return inside, q, k, v
 
 
 @triton.jit
 def _store_gradient(
-    grad, grad_qkv, grad_bias, places, inside, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr
+    grad,
+    grad_qkv,
+    grad_bias,
+    first,
+    inside,
+    head,
+    PART: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):
     """Of query, key or value; and the sequence's share of that of its bias."""
-    tl.store(grad_qkv + places + PART * HEADS * SIZE, grad.to(grad_qkv.dtype.element_ty), mask=inside)
+    places = _places(first, head, 3 * HEADS * SIZE, SIZE, LONGEST) + PART * HEADS * SIZE
+    tl.store(grad_qkv + places, grad.to(grad_qkv.dtype.element_ty), mask=inside)
     sequence = tl.program_id(0) // HEADS
     tl.store(grad_bias + ((sequence * 3 + PART) * HEADS + head) * SIZE + tl.arange(0, SIZE), tl.sum(grad, 0))
 
 
 @triton.jit
-def _probabilities(q, k, length, log2_scale, LONGEST: tl.constexpr):
-    """P, in fp32."""
-    scores = tl.dot(q, tl.trans(k)) * log2_scale
-    scores = tl.where((tl.arange(0, LONGEST) < length)[None, :], scores, float("-inf"))
-    powers = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    return powers * (1 / tl.sum(powers, 1))[:, None]
+def _powers(q, k, length, log2_scale, LONGEST: tl.constexpr):
+    """P in fp32, its rows not yet divided by their sums."""
+    scores = tl.dot(q, tl.trans(k))
+    if length < LONGEST:
+        scores = tl.where((tl.arange(0, LONGEST) < length)[None, :], scores, float("-inf"))
+    return tl.exp2(scores * log2_scale - (tl.max(scores, 1) * log2_scale)[:, None])
+
+
+@triton.jit
+def _folded(bits, BY: tl.constexpr):
+    """Both halves of a product, one over the other."""
+    product = bits.to(tl.uint64) * BY
+    return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
 
 
 @triton.jit
 def _kept(first, head, seed, threshold, HEADS: tl.constexpr, LONGEST: tl.constexpr):
-    """What dropout keeps of the scores."""
-    rows = ((first + tl.arange(0, LONGEST)) * HEADS + head) * LONGEST
-    return kept_by_dropout(rows[:, None] + tl.arange(0, LONGEST)[None, :], seed, threshold)
+    """What dropout keeps of the scores; kernels/hopper_attention.py has the same."""
+    queries, keys = tl.arange(0, LONGEST)[:, None], tl.arange(0, LONGEST)[None, :]
+    numbers = ((first + (queries & 0x77)) * HEADS + head) * LONGEST + (keys & 0x77)
+    bits = _folded((numbers + tl.load(seed)).to(tl.uint32, bitcast=True), 0xED5AD4BB)
+    bits = _folded(bits ^ tl.load(seed + 1).to(tl.uint32, bitcast=True), 0xAC4C1B51)
+    bits = tl.where((queries & 8) != 0, _folded(bits, 0xC2B2AE3D), bits)
+    return (bits << ((keys & 8) * 2).to(tl.uint32)) >= (threshold.to(tl.uint32) << 16)
 
 
 @triton.jit
 def _attention_forward(
-    qkv,
+    query,
+    key,
+    value,
     bias,
     boundaries,
     seed,
@@ -102,6 +142,7 @@ def _attention_forward(
     log2_scale,
     threshold,
     kept_scale,
+    STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -110,18 +151,22 @@ def _attention_forward(
     first, length, head = _tokens(boundaries, HEADS)
     if length == 0:
         return
-    inside, _, q, k, v = _inputs(qkv, bias, first, length, head, HEADS, SIZE, LONGEST)
-    p = _probabilities(q, k, length, log2_scale, LONGEST)
+    inside, q, k, v = _inputs(query, key, value, bias, first, length, head, STRIDE, HEADS, SIZE, LONGEST)
+    powers = _powers(q, k, length, log2_scale, LONGEST)
+    factor = 1 / tl.sum(powers, 1)
     if DROPOUT:
-        p = tl.where(_kept(first, head, seed, threshold, HEADS, LONGEST), p * kept_scale, 0.0)
-    context = tl.dot(p.to(v.dtype), v).to(v.dtype)
-    tl.store(out + _places(first, head, 1, HEADS, SIZE, LONGEST), context, mask=inside)
+        powers = tl.where(_kept(first, head, seed, threshold, HEADS, LONGEST), powers, 0.0)
+        factor = factor * kept_scale
+    context = (tl.dot(powers.to(v.dtype), v) * factor[:, None]).to(v.dtype)
+    tl.store(out + _places(first, head, HEADS * SIZE, SIZE, LONGEST), context, mask=inside)
 
 
 @triton.jit
 def _attention_backward(
     grad_out,
-    qkv,
+    query,
+    key,
+    value,
     bias,
     boundaries,
     seed,
@@ -131,6 +176,7 @@ def _attention_backward(
     log2_scale,
     threshold,
     kept_scale,
+    STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -139,57 +185,97 @@ def _attention_backward(
     first, length, head = _tokens(boundaries, HEADS)
     if length == 0:
         return
-    inside, places, q, k, v = _inputs(qkv, bias, first, length, head, HEADS, SIZE, LONGEST)
-    grad = tl.load(grad_out + _places(first, head, 1, HEADS, SIZE, LONGEST), mask=inside, other=0.0)
-    p = _probabilities(q, k, length, log2_scale, LONGEST)
+    inside, q, k, v = _inputs(query, key, value, bias, first, length, head, STRIDE, HEADS, SIZE, LONGEST)
+    grad = tl.load(grad_out + _places(first, head, HEADS * SIZE, SIZE, LONGEST), mask=inside, other=0.0)
+    powers = _powers(q, k, length, log2_scale, LONGEST)
+    p = powers * (1 / tl.sum(powers, 1))[:, None]
     grad_p = tl.dot(grad, tl.trans(v))
     dropped = p
-    if DROPOUT:
+    if DROPOUT:  # what is kept gets its factor at the end
         kept = _kept(first, head, seed, threshold, HEADS, LONGEST)
-        dropped = tl.where(kept, p * kept_scale, 0.0)
-        grad_p = tl.where(kept, grad_p * kept_scale, 0.0)
-    grad_v = tl.dot(tl.trans(dropped.to(v.dtype)), grad)
-    _store_gradient(grad_v, grad_qkv, grad_bias, places, inside, head, 2, HEADS, SIZE)
+        dropped = tl.where(kept, p, 0.0)
+        grad_p = tl.where(kept, grad_p, 0.0)
+        scale = scale * kept_scale
+    grad_v = tl.dot(tl.trans(dropped.to(v.dtype)), grad) * kept_scale
+    _store_gradient(grad_v, grad_qkv, grad_bias, first, inside, head, 2, HEADS, SIZE, LONGEST)
     grad_scores = (p * (grad_p - tl.sum(grad_p * p, 1)[:, None])).to(v.dtype)
     grad_q = tl.dot(grad_scores, k) * scale
-    _store_gradient(grad_q, grad_qkv, grad_bias, places, inside, head, 0, HEADS, SIZE)
+    _store_gradient(grad_q, grad_qkv, grad_bias, first, inside, head, 0, HEADS, SIZE, LONGEST)
     grad_k = tl.dot(tl.trans(grad_scores), q) * scale
-    _store_gradient(grad_k, grad_qkv, grad_bias, places, inside, head, 1, HEADS, SIZE)
+    _store_gradient(grad_k, grad_qkv, grad_bias, first, inside, head, 1, HEADS, SIZE, LONGEST)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
-def _settings(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> tuple[tuple[int], list[float], dict]:
-    """The grid; 1/sqrt(D), the same for powers of 2, what dropout's bits must reach, 1 / (1 - p); compile-time ones."""
-    *_, heads, size = qkv.shape
-    scale = 1 / math.sqrt(size)
-    numbers = [scale, scale / math.log(2), *settings(dropout_p)]
-    shape = {"HEADS": heads, "SIZE": size, "LONGEST": LONGEST, "DROPOUT": dropout_p > 0, "num_warps": WARPS}
-    return ((len(boundaries) - 1) * heads,), numbers, shape
+class Settings(NamedTuple):
+    """How both kernels are launched."""
+
+    grid: tuple[int]
+    numbers: tuple[float, ...]
+    """1 / sqrt(D), the same for powers of 2, what 16 bits of dropout must reach, what is kept is multiplied by."""
+    shape: dict[str, int | bool]
+    """Compile-time constants."""
 
 
-def _attend(qkv: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    tokens, _, heads, size = qkv.shape
-    out = qkv.new_empty(tokens, heads, size)
-    grid, (_, *numbers), shape = _settings(qkv, boundaries, dropout_p)
-    with torch.cuda.device_of(qkv):
-        _attention_forward[grid](qkv.contiguous(), bias, boundaries, seed, out, *numbers, **shape)
+def share_dropped(dropout_p: float) -> float:
+    """The probability itself, in 16 bits."""
+    return round(dropout_p * 2**16) / 2**16
+
+
+def _settings(heads: Sequence[Tensor], boundaries: Tensor, dropout_p: float) -> tuple[list[Tensor], Settings]:
+    """Query, key and value [T, A, D] with rows equally far apart; how the kernels take them."""
+    _, count, size = heads[0].shape
+    strides = heads[0].stride()
+    if strides[1:] != (size, 1) or any(part.stride() != strides for part in heads):
+        heads = [part.contiguous() for part in heads]
+        strides = heads[0].stride()
+    scale, dropped = 1 / math.sqrt(size), share_dropped(dropout_p)
+    numbers = (scale, scale / math.log(2), round(dropped * 2**16), 1 / (1 - dropped))
+    shape = {"STRIDE": strides[0], "HEADS": count, "SIZE": size, "LONGEST": LONGEST, "DROPOUT": dropped > 0}
+    return list(heads), Settings(((len(boundaries) - 1) * count,), numbers, shape)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float
+) -> Tensor:
+    heads, (grid, (_, *numbers), shape) = _settings((query, key, value), boundaries, dropout_p)
+    out = query.new_empty(query.shape)
+    with torch.cuda.device_of(query):
+        _attention_forward[grid](*heads, bias, boundaries, seed, out, *numbers, **shape, num_warps=WARPS)
     return out
 
 
 def _attend_backward(
-    grad: Tensor, qkv: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    boundaries: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    grad_qkv = qkv.new_empty(qkv.shape)
+    heads, (grid, numbers, shape) = _settings((query, key, value), boundaries, dropout_p)
+    tokens, count, size = query.shape
+    grad_qkv = query.new_empty(tokens, 3, count, size)
     shares = bias.new_zeros(len(boundaries) - 1, len(bias))  # zeros, for sequences without tokens
-    grid, numbers, shape = _settings(qkv, boundaries, dropout_p)
-    inputs = (grad.contiguous(), qkv.contiguous(), bias, boundaries, seed)
-    with torch.cuda.device_of(qkv):
-        _attention_backward[grid](*inputs, grad_qkv, shares, *numbers, **shape)
-    return grad_qkv, shares.sum(0)
+    kernel, warps = _attention_backward, WARPS
+    if runs_on_hopper(query.device, size):
+        from kernels import hopper_attention
+
+        kernel, warps = hopper_attention.attention_backward, hopper_attention.WARPS
+    inputs = (grad.contiguous(), *heads, bias, boundaries, seed)
+    with torch.cuda.device_of(query):
+        kernel[grid](*inputs, grad_qkv, shares, *numbers, **shape, num_warps=warps)
+    return grad_qkv, sum_of_shares(shares)
+
+
+def runs_on_hopper(device: torch.device, size: int) -> bool:
+    """Whether the backward pass of heads of this size is kernels/hopper_attention.py's."""
+    return size == 64 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 _LIBRARY = torch.library.Library("slope", "FRAGMENT")
-_INPUTS = "Tensor qkv, Tensor bias, Tensor boundaries, Tensor? seed, float dropout_p"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor bias, Tensor boundaries, Tensor? seed, float dropout_p"
 _LIBRARY.define(f"short_attention({_INPUTS}) -> Tensor")
 _LIBRARY.define(f"short_attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)")
 _LIBRARY.impl("short_attention", _attend, "CompositeExplicitAutograd")
@@ -197,41 +283,52 @@ _LIBRARY.impl("short_attention_backward", _attend_backward, "CompositeExplicitAu
 
 
 @torch.library.register_fake("slope::short_attention")
-def _(qkv, bias, boundaries, seed, dropout_p):
-    tokens, _, heads, size = qkv.shape
-    return qkv.new_empty(tokens, heads, size)
+def _(query, key, value, bias, boundaries, seed, dropout_p):
+    return query.new_empty(query.shape)
 
 
 @torch.library.register_fake("slope::short_attention_backward")
-def _(grad, qkv, bias, boundaries, seed, dropout_p):
-    return qkv.new_empty(qkv.shape), torch.empty_like(bias)
+def _(grad, query, key, value, bias, boundaries, seed, dropout_p):
+    tokens, count, size = query.shape
+    return query.new_empty(tokens, 3, count, size), torch.empty_like(bias)
 
 
-def _keep_inputs(ctx, inputs, output) -> None:
-    *tensors, ctx.dropout_p = inputs
-    ctx.save_for_backward(*tensors)
+class _ShortAttention(torch.autograd.Function):
+    """`heads`: query, key and value as one tensor or as three; their gradients are views of one in either case."""
+
+    @staticmethod
+    def forward(ctx, bias, boundaries, seed, dropout_p, *heads):
+        ctx.save_for_backward(bias, boundaries, seed, *heads)
+        ctx.dropout_p = dropout_p
+        return torch.ops.slope.short_attention(*_apart(heads), bias, boundaries, seed, dropout_p)
+
+    @staticmethod
+    def backward(ctx, grad):
+        bias, boundaries, seed, *heads = ctx.saved_tensors
+        grad_qkv, grad_bias = torch.ops.slope.short_attention_backward(
+            grad, *_apart(heads), bias, boundaries, seed, ctx.dropout_p
+        )
+        grads = (grad_qkv,) if len(heads) == 1 else grad_qkv.unbind(1)
+        return grad_bias, None, None, None, *grads
 
 
-def _gradients(ctx, grad):
-    grads = torch.ops.slope.short_attention_backward(grad, *ctx.saved_tensors, ctx.dropout_p)
-    return *grads, None, None, None
+def _apart(heads: Sequence[Tensor]) -> Sequence[Tensor]:
+    return heads[0].unbind(1) if len(heads) == 1 else heads
 
 
-torch.library.register_autograd("slope::short_attention", _gradients, setup_context=_keep_inputs, lib=_LIBRARY)
-
-
-def short_attention(qkv: Tensor, bias: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
+def short_attention(heads: Sequence[Tensor], bias: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
     """Softmax attention of every token to those of its own sequence.
 
     Args:
-        qkv: query, key and value without their biases, [T, 3, A, D], bf16 or fp16, D in `HEAD_SIZES`.
-        bias: fp32 [3 A D]; added here, since so its gradient costs no pass over that of `qkv`.
+        heads: query, key and value without their biases, bf16 or fp16: together, one tensor [T, 3, A, D], or three
+            [T, A, D]; D in `HEAD_SIZES`.
+        bias: fp32 [3 A D]; added here, since so its gradient costs no pass over theirs.
         boundaries: where each sequence begins, and where the last one ends, int32: 0, ..., T. No sequence is longer
             than `LONGEST`; one may be empty.
-        dropout_p: share of the probabilities that are dropped; its seed comes from torch's generator.
+        dropout_p: share of the probabilities that are dropped, to 16 bits; its seed comes from torch's generator.
 
     Returns:
         [T, A, D].
     """
-    seed = dropout_seed(qkv) if dropout_p else None
-    return torch.ops.slope.short_attention(qkv, bias, boundaries, seed, dropout_p)
+    seed = dropout_seed(heads[0]) if dropout_p else None
+    return _ShortAttention.apply(bias, boundaries, seed, dropout_p, *heads)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kernels.dense_parts import dropout_seed, kept_by_dropout
-from kernels.short_attention import LONGEST, short_attention
+from kernels.dense_parts import dropout_seed
+from kernels.short_attention import LONGEST, share_dropped, short_attention
 
 LENGTHS = (LONGEST, 0, 1, 71, 64, 17, LONGEST, 0)
 
@@ -25,6 +25,25 @@ def boundaries_of(lengths, device) -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
+def kept_scores(boundaries: Tensor, heads: int, seed: Tensor, dropout_p: float) -> Tensor:
+    """What dropout keeps, [T, A, LONGEST]: the kernels' rule in int64."""
+    starts, lengths, words = boundaries[:-1].long(), boundaries.diff().long(), 2**32 - 1
+    first = torch.repeat_interleave(starts, lengths)
+    queries = torch.arange(len(first), device=seed.device) - first
+    keys = torch.arange(LONGEST, device=seed.device)
+    rows = (first + (queries & 0x77))[:, None] * heads + torch.arange(heads, device=seed.device)
+
+    def folded(bits: Tensor, by: int) -> Tensor:
+        low, high = bits * (by & 0xFFFF), bits * (by >> 16)  # of 48 bits each
+        upper = (low >> 16) + high
+        return (upper >> 16) ^ ((upper << 16 | low & 0xFFFF) & words)
+
+    bits = folded((rows[..., None] * LONGEST + (keys & 0x77) + seed[0]) & words, 0xED5AD4BB)
+    bits = folded(bits ^ (seed[1].long() & words), 0xAC4C1B51)
+    bits = torch.where((queries & 8 != 0)[:, None, None], folded(bits, 0xC2B2AE3D), bits)
+    return torch.where(keys & 8 != 0, bits & 0xFFFF, bits >> 16) >= round(dropout_p * 2**16)
+
+
 def exact(qkv: Tensor, bias: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):
     """In float64, sequence by sequence; `kept` [T, A, LONGEST] is dropout's mask."""
     outputs = []
@@ -33,7 +52,7 @@ def exact(qkv: Tensor, bias: Tensor, boundaries: Tensor, kept: Tensor | None, dr
         q, k, v = biased[begin:end].permute(1, 2, 0, 3)
         p = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
         if kept is not None:
-            p = p * kept[begin:end, :, : end - begin].transpose(0, 1) / (1 - dropout_p)
+            p = p * kept[begin:end, :, : end - begin].transpose(0, 1) / (1 - share_dropped(dropout_p))
         outputs.append((p @ v).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -50,6 +69,16 @@ def draw(device, dtype, heads: int, size: int, lengths=LENGTHS, spread: float = 
     return [qkv, bias, normal(sum(lengths), heads, size).to(dtype)]
 
 
+def attention_of(boundaries: Tensor, dropout_p: float = 0.0, apart: bool = False):
+    """Of query, key and value in one tensor and their bias."""
+
+    def attention(qkv: Tensor, bias: Tensor) -> Tensor:
+        heads = [part.contiguous() for part in qkv.unbind(1)] if apart else [qkv]
+        return short_attention(heads, bias, boundaries, dropout_p)
+
+    return attention
+
+
 def gradients(attention, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """The output, and the gradients of the inputs."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -63,10 +92,10 @@ def check(device, dtype, heads: int = 2, size: int = 64, dropout_p: float = 0.0,
     *inputs, grad = draw(device, dtype, heads, size, spread=spread)
     boundaries, kept = boundaries_of(LENGTHS, device), None
     torch.manual_seed(5)
-    found = gradients(lambda *given: short_attention(*given, boundaries, dropout_p), inputs, grad)
+    found = gradients(attention_of(boundaries, dropout_p), inputs, grad)
     if dropout_p:
         torch.manual_seed(5)
-        kept = kept_by_dropout(torch.Size((len(grad), heads, LONGEST)), dropout_seed(grad), dropout_p)
+        kept = kept_scores(boundaries, heads, dropout_seed(grad), dropout_p)
     doubles = [tensor.double() for tensor in inputs]
     bias = doubles[1].view(3, heads, size)
     doubles[0] = (doubles[0] + bias).to(dtype).double() - bias  # the kernels multiply the sum, rounded
@@ -83,7 +112,7 @@ def check_equal_bits(device, dtype) -> None:
     boundaries, results = boundaries_of(LENGTHS, device), []
     for _ in range(2):
         torch.manual_seed(5)
-        results.append(gradients(lambda *given: short_attention(*given, boundaries, 0.1), inputs, grad))
+        results.append(gradients(attention_of(boundaries, 0.1), inputs, grad))
     assert all(map(torch.equal, *results))
 
 
@@ -93,7 +122,7 @@ def check_nothing_behind_a_sequence_is_touched(device, dtype) -> None:
     qkv, bias, grad = draw(device, dtype, heads=2, size=32)
     qkv[length:], grad[length:] = float("nan"), float("nan")
     boundaries = boundaries_of([length], device)
-    found = gradients(lambda *given: short_attention(*given, boundaries, 0.1), [qkv, bias], grad)
+    found = gradients(attention_of(boundaries, 0.1), [qkv, bias], grad)
     for tensor in found[:2]:
         assert tensor[:length].isfinite().all() and tensor[length:].isnan().all()
     assert found[2].isfinite().all()
@@ -105,5 +134,30 @@ def check_other_strides(device, dtype) -> None:
     boundaries, results = boundaries_of(LENGTHS, device), []
     for lay_out in (Tensor.contiguous, lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1)):
         given = [lay_out(qkv), bias]
-        results.append(gradients(lambda *inputs: short_attention(*inputs, boundaries, 0.0), given, lay_out(grad)))
+        results.append(gradients(attention_of(boundaries), given, lay_out(grad)))
     assert all(map(torch.equal, *results))
+
+
+def check_three_tensors(device, dtype, size: int = 32) -> None:
+    """Query, key and value apart are what they are together, bit by bit."""
+    *inputs, grad = draw(device, dtype, heads=2, size=size)
+    boundaries, results = boundaries_of(LENGTHS, device), []
+    for apart in (False, True):
+        torch.manual_seed(5)
+        results.append(gradients(attention_of(boundaries, 0.1, apart), inputs, grad))
+    assert all(map(torch.equal, *results))
+
+
+def check_dropout_is_independent(device) -> None:
+    """Shares and neighbours of the mask: within five standard errors of what independent draws have."""
+    boundaries, heads, dropped = boundaries_of([LONGEST] * 16, device), 4, share_dropped(0.1)
+    for first in (0, 1):
+        seed = torch.tensor([123456789 + first, -987654321], dtype=torch.int32, device=device)
+        kept = kept_scores(boundaries, heads, seed, 0.1).view(16, LONGEST, heads, LONGEST).transpose(1, 2).double()
+        off = (kept - (1 - dropped)) / (dropped * (1 - dropped)) ** 0.5  # mean 0, variance 1
+        pairs = [off, off[..., 1:, :] * off[..., :-1, :], off[..., 1:] * off[..., :-1]]
+        for by in (8, 16, 64):
+            pairs += [off[..., by:] * off[..., :-by], off[..., by:, :] * off[..., :-by, :]]
+        pairs += [off[1:] * off[:-1], off[:, 1:] * off[:, :-1], off[..., 8:, 8:] * off[..., :-8, :-8]]
+        for products in pairs:
+            assert abs(float(products.mean())) < 5 / products.numel() ** 0.5

@@ -81,7 +81,9 @@ def pretrain(data: Path, output: Path, *flags: str, launcher: tuple[str, ...] = 
     command += ["--global_batch_size", "16", "--local_batch_size", "8", "--learning_rate", "4e-3"]
     command += ["--pruned_matrix", "static-weight", "--add_lora", "lazy", "--lazy_lora_fraction", "0.3", *flags]
     hidden = {} if cuda else {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | hidden, timeout=300)
+    # The compiler times its reductions' shapes and keeps the fastest; another test's process could overwrite it.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(data / "compiled")}
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | cache | hidden, timeout=300)
     with (output / "logfile_metrics.csv").open() as file:
         return [float(row["step_loss"]) for row in csv.DictReader(file)]
 

@@ -9,16 +9,17 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 if torch.cuda.is_available():  # they import Triton
     from attention_checks import (
         LENGTHS,
+        attention_of,
         boundaries_of,
         check,
+        check_dropout_is_independent,
         check_equal_bits,
         check_nothing_behind_a_sequence_is_touched,
         check_other_strides,
+        check_three_tensors,
         draw,
         gradients,
     )
-
-    from kernels.short_attention import short_attention
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
@@ -38,27 +39,49 @@ def test_equal_bits_places_and_strides(dtype):
     check_equal_bits("cuda", dtype)
     check_nothing_behind_a_sequence_is_touched("cuda", dtype)
     check_other_strides("cuda", dtype)
+    for size in (32, 64):
+        check_three_tensors("cuda", dtype, size)
+
+
+def test_the_mask_has_no_pattern():
+    check_dropout_is_independent("cuda")
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_at_full_size_equal_inputs_give_equal_bits(dtype):
+    """A race between warps would not."""
+    *inputs, grad = draw("cuda", dtype, heads=16, size=64, lengths=[128] * 255 + [77])
+    boundaries = boundaries_of([128] * 255 + [77], "cuda")
+    results = []
+    for _ in range(4):
+        torch.manual_seed(5)
+        results.append(gradients(attention_of(boundaries, 0.1), inputs, grad))
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
 
 
 def test_compiled_it_is_one_graph_and_the_same():
     *inputs, grad = draw("cuda", torch.bfloat16, heads=16, size=64)
     boundaries = boundaries_of(LENGTHS, "cuda")
 
-    def attention(qkv, bias):
-        return 2 * short_attention(qkv, bias, boundaries, 0.0)
+    for apart in (False, True):
+        plain = attention_of(boundaries, apart=apart)
 
-    expected = gradients(attention, inputs, grad)
-    found = gradients(torch.compile(attention, fullgraph=True), inputs, grad)
-    assert all(map(torch.equal, found, expected))
+        def attention(qkv, bias, plain=plain):
+            return 2 * plain(qkv, bias)
+
+        expected = gradients(attention, inputs, grad)
+        found = gradients(torch.compile(attention, fullgraph=True), inputs, grad)
+        assert all(map(torch.equal, found, expected))
 
 
 def test_captured_it_reads_its_inputs_anew():
     qkv, bias, _ = draw("cuda", torch.bfloat16, heads=16, size=64)
     boundaries, graph = boundaries_of(LENGTHS, "cuda"), torch.cuda.CUDAGraph()
-    short_attention(qkv, bias, boundaries, 0.0)  # compiles
+    attention = attention_of(boundaries)
+    attention(qkv, bias)  # compiles
     with torch.cuda.graph(graph):
-        out = short_attention(qkv, bias, boundaries, 0.0)
+        out = attention(qkv, bias)
     for tensor in (qkv, bias):
         tensor.mul_(0.5)
     graph.replay()
-    assert torch.equal(out, short_attention(qkv, bias, boundaries, 0.0))
+    assert torch.equal(out, attention(qkv, bias))

@@ -32,11 +32,12 @@ LARGE_BATCH = 128
 DENSE, SLOPE = SparsityConfig(), SparsityConfig(pruned_matrix="static-weight")
 PLAIN = {"no_compile": True, "cuda_graphs": "False", "unpad": "False"} | {
     "attention": "flash",
-    "dense_kernels": False,
+    "dense_kernels": "False",
 }
-FAST = {"no_compile": False, "cuda_graphs": "auto", "unpad": "auto"}
-OURS = FAST | {"attention": "short", "dense_kernels": True}
-TOGETHER = {"all": FAST, "our kernels": OURS}
+FAST = {"no_compile": False, "cuda_graphs": "auto", "unpad": "auto", "attention": "auto", "dense_kernels": "auto"}
+
+COMPILED = FAST | {"attention": "flash", "dense_kernels": "False"}
+TOGETHER = {"all": FAST, "all but our kernels": COMPILED}
 
 
 @pytest.fixture(autouse=True, scope="module")

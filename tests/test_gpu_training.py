@@ -6,6 +6,7 @@ Skipped, with the reason, where there is no Hopper GPU or no way to compile the 
 from __future__ import annotations
 
 import io
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -130,7 +131,12 @@ def test_training_stays_together_with_dense_training(capsys, compiled):
     sparse, dense = (make_engine(backend, compiled=compiled) for backend in ("cutlass", "dense"))
     masks = [layer.mask_bits.clone() for _, layer in named_layers(sparse.model)]
     losses = train(dense, batches, JOIN)
-    distance = largest_difference(train(sparse, batches, JOIN), losses)
+    # Rounding decides when a run leaves another: one distance says little, and is ten times another at times.
+    distances = [largest_difference(train(sparse, batches, JOIN), losses)]
+    for order in (1, 2):
+        other = make_engine("cutlass", compiled=compiled)
+        distances.append(largest_difference(train(other, batches, JOIN, order=order), losses))
+    distance = statistics.median(distances)
     others = [{"order": 1}, {"order": 2}]
     others += [] if compiled else [{"parts": 2}, {"parts": 4}]  # each size would be compiled anew
     allowed = [
@@ -139,7 +145,8 @@ def test_training_stays_together_with_dense_training(capsys, compiled):
     ]
     with capsys.disabled():
         print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f} in {STEPS} steps; largest difference to dense products:")
-        print(f"  cutlass {distance:.5f}; dense in other orders {', '.join(f'{x:.5f}' for x in allowed)}", flush=True)
+        for name, values in (("cutlass", distances), ("dense in other orders", allowed)):
+            print(f"  {name} {', '.join(f'{value:.5f}' for value in values)}", flush=True)
     assert losses[-1] < losses[0] - 2, "the run must learn for its losses to mean something"
     assert distance <= 2 * max(allowed)
     for engine in (sparse, dense):

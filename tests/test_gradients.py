@@ -180,8 +180,8 @@ GPU = torch.device("cuda", 0)
     ("flag", "ranks", "device", "obstacle", "expected"),
     [
         ("auto", 1, GPU, "", True),
-        ("auto", 2, GPU, "", False),
-        ("True", 2, GPU, "", True),
+        ("auto", 2, GPU, "", True),
+        ("True", 1, GPU, "", True),
         ("False", 1, GPU, "", False),
         ("auto", 1, GPU, "--checkpoint_activations", False),
         ("auto", 1, torch.device("cpu"), "", False),

@@ -238,7 +238,9 @@ def test_hugging_face_takes_the_same_step(config, monkeypatch):
     own = step._wait_for
     monkeypatch.setattr(step, "_wait_for", lambda loss, copied: (waited.append(loss.item()), own(loss, copied)))
     before = [p.clone() for p in step.model.parameters()]
-    step.take(2)
+    step.take(1)
+    step.graphs = lambda batch: step._forward_and_backward(batch, False)  # as MicroStepGraphs calls it
+    step.take(1)
     assert waited[0] == waited[1] == pytest.approx(math.log(config.padded_vocab_size) + math.log(2), rel=0.05)
     assert all(map(torch.equal, step.model.parameters(), before))
     ours = sum(p.numel() for p in BertForPreTraining(config).parameters())

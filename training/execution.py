@@ -3,13 +3,26 @@
 Each function raises a UsageError, which names the flag, where it is asked for what cannot run.
 """
 
+import importlib
+
 import torch
 
 from kernels.build import KernelsUnavailable
-from modeling import BertConfig, BertForPreTraining, use_kernels
+from modeling import BertConfig
 from training.distributed import World
 from training.errors import UsageError
 from training.sparsity import SparsityConfig
+
+
+def asked_for(flag: str, value: str, obstacle: str) -> bool:
+    """Whether to run what a flag of speed asks for; with `auto`, if nothing stands in the way.
+
+    Args:
+        obstacle: what does, in words that a user reads behind the flag; or nothing.
+    """
+    if value not in ("auto", "False", "flash") and obstacle:
+        raise UsageError(f"--{flag} {value}: {obstacle}; leave it out")
+    return value not in ("False", "flash") and not obstacle
 
 
 def captures(flag: str, world: World, obstacle: str) -> bool:
@@ -20,9 +33,7 @@ def captures(flag: str, world: World, obstacle: str) -> bool:
     """
     if world.device.type != "cuda":
         obstacle = "a CPU"
-    if flag == "True" and obstacle:
-        raise UsageError(f"--cuda_graphs True: cannot run with {obstacle}; leave it out")
-    return not obstacle and (flag == "True" or flag == "auto" and world.size == 1)
+    return asked_for("cuda_graphs", flag, obstacle and f"cannot run with {obstacle}")
 
 
 def obstacle_to_graphs(args, sparsity: SparsityConfig) -> str:
@@ -52,39 +63,40 @@ def unpads(args, config: BertConfig, sparsity: SparsityConfig, world: World) -> 
     return not found
 
 
-def run_dense_kernels(model: BertForPreTraining, compiled: bool, world: World) -> None:
-    """As `--dense_kernels` asks."""
-    if not compiled:
-        raise UsageError("--dense_kernels True: cannot run without a GPU's compiled blocks; leave it out")
+def _unavailable(module: str, world: World) -> str:
+    """Why Triton's kernels in kernels/ cannot run on this rank's GPU, or nothing."""
     try:
         from kernels.lamb import check_device  # imports Triton, which CPU builds of torch lack
 
         check_device(world.device)
-        use_kernels(model)
+        importlib.import_module(f"kernels.{module}")
     except KernelsUnavailable as reason:
-        raise UsageError(f"--dense_kernels True: {reason}") from reason
+        return str(reason)
+    return ""
 
 
-def attends_shortly(args, config: BertConfig, unpadded: bool, longest: int, world: World) -> bool:
-    """Whether kernels/short_attention.py runs the attention, as `--attention` says."""
-    if args.attention == "flash":
-        return False
+def obstacle_to_dense_kernels(compiled: bool, world: World) -> str:
+    """Why kernels/dense_backward.py cannot run, or nothing."""
+    return _unavailable("dense_backward", world) if compiled else "cannot run without a GPU's compiled blocks"
+
+
+def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int, world: World) -> str:
+    """Why kernels/short_attention.py cannot run the attention, or nothing.
+
+    Args:
+        longest: tokens of any sequence.
+    """
     if world.device.type != "cuda":
-        raise UsageError("--attention short: cannot run with a CPU; leave it out")
-    try:
-        from kernels.lamb import check_device
-        from kernels.short_attention import HEAD_SIZES, LONGEST
+        return "cannot run with a CPU"
+    missing = _unavailable("short_attention", world)
+    if missing:
+        return missing
+    from kernels.short_attention import HEAD_SIZES, LONGEST
 
-        check_device(world.device)
-    except KernelsUnavailable as reason:
-        raise UsageError(f"--attention short: {reason}") from reason
     head = config.hidden_size // config.num_attention_heads
     reasons = {
         "padding computed (--unpad)": not unpadded,
         f"sequences of {longest} tokens": longest > LONGEST,
         f"attention heads of size {head}": head not in HEAD_SIZES,
     }
-    found = [reason for reason, given in reasons.items() if given]
-    if found:
-        raise UsageError(f"--attention short: cannot run with {found[0]}; leave it out")
-    return True
+    return next((f"cannot run with {reason}" for reason, given in reasons.items() if given), "")

@@ -127,7 +127,24 @@ def add_graph_flag(group) -> None:
         "--cuda_graphs",
         default="auto",
         choices=("auto", "True", "False"),
-        help="run each micro-step as a CUDA graph; auto: on a GPU, where one process is all; True: of several, too",
+        help="run each micro-step as a CUDA graph; auto: on a GPU",
+    )
+
+
+def add_block_flags(group) -> None:
+    """What runs the parts of a block that are no products."""
+    group.add_argument(
+        "--attention",
+        default="auto",
+        choices=("auto", "flash", "short"),
+        help="what runs it where no padding is computed: torch's flash attention, or kernels of ours for sequences of "
+        "up to 128 tokens; auto: ours where they can",
+    )
+    group.add_argument(
+        "--dense_kernels",
+        default="auto",
+        choices=("auto", "True", "False"),
+        help="backward passes of GELU, dropout and LayerNorm by kernels of ours; auto: in a GPU's compiled blocks",
     )
 
 

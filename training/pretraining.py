@@ -13,14 +13,20 @@ from data.loader import Batch, StepLoader, step_loader
 from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
 from kernels.joint import join
-from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums
+from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums, use_kernels
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
 from training.distributed import StopSignal, World, agree, sum_over_ranks
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
-from training.execution import attends_shortly, obstacle_to_graphs, run_dense_kernels, unpads
+from training.execution import (
+    asked_for,
+    obstacle_to_dense_kernels,
+    obstacle_to_graphs,
+    obstacle_to_short_attention,
+    unpads,
+)
 from training.logs import Logger
 from training.phases import Start, adapter_step
 from training.throughput import peak_tflops, useful_flops
@@ -105,12 +111,18 @@ class PretrainingRun:
         unpadded = unpads(args, self.config, self.sparsity, self.world)
         multiple = fill_multiple(self.local_batch_size, sequence_length)
         self.pack_multiple = multiple if unpadded else None
-        self.short_attention = attends_shortly(args, self.config, unpadded, self.longest, self.world)
         compiled = on_gpu and not args.no_compile
+        obstacle = obstacle_to_short_attention(self.config, unpadded, self.longest, self.world)
+        self.short_attention = asked_for("attention", args.attention, obstacle)
+        if unpadded and on_gpu and not self.short_attention:
+            self.notes.append(f"torch's flash attention ({obstacle or '--attention flash'})")
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
-        if args.dense_kernels:
-            run_dense_kernels(model, compiled, self.world)
+        obstacle = obstacle_to_dense_kernels(compiled, self.world)
+        if asked_for("dense_kernels", args.dense_kernels, obstacle):
+            use_kernels(model)
+        elif compiled:
+            self.notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
         places = self.local_batch_size * sequence_length
         other_tokens = [round(share * places) for share in SHARES_OF_TOKENS] if unpadded else []
         self.engine = Engine(
