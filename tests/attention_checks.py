@@ -107,8 +107,8 @@ def check(device, dtype, heads: int = 2, size: int = 64, dropout_p: float = 0.0,
         assert error.max() < 8 * eps * expected.abs().max(), name
 
 
-def check_equal_bits(device, dtype) -> None:
-    *inputs, grad = draw(device, dtype, heads=2, size=32)
+def check_equal_bits(device, dtype, size: int = 32) -> None:
+    *inputs, grad = draw(device, dtype, heads=2, size=size)
     boundaries, results = boundaries_of(LENGTHS, device), []
     for _ in range(2):
         torch.manual_seed(5)
@@ -116,10 +116,10 @@ def check_equal_bits(device, dtype) -> None:
     assert all(map(torch.equal, *results))
 
 
-def check_nothing_behind_a_sequence_is_touched(device, dtype) -> None:
+def check_nothing_behind_a_sequence_is_touched(device, dtype, size: int = 32) -> None:
     """What lies there is not read, or a NaN would spread, and not written, or it would not stay one."""
     length = 71
-    qkv, bias, grad = draw(device, dtype, heads=2, size=32)
+    qkv, bias, grad = draw(device, dtype, heads=2, size=size)
     qkv[length:], grad[length:] = float("nan"), float("nan")
     boundaries = boundaries_of([length], device)
     found = gradients(attention_of(boundaries, 0.1), [qkv, bias], grad)

@@ -19,8 +19,32 @@ SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 HEADS = {"hidden_size": 96, "num_attention_heads": 3}
 
 
-def test_the_kernels_in_tritons_interpreter():
-    run_interpreted("short_attention_interpreted.py")
+@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_backward"])
+def test_the_kernels_in_tritons_interpreter(kernels):
+    run_interpreted(f"{kernels}_interpreted.py")
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("rows_apart", [1024, 3072])
+def test_the_backward_pass_of_attention_compiles_for_hopper(rows_apart, dropout):
+    """Two programs fit on a multiprocessor, which has 228 KB of shared memory, 1 KB of it taken by each."""
+    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kernels.hopper_attention import WARPS, attention_backward
+
+    constants = {"STRIDE": rows_apart, "HEADS": 16, "SIZE": 64, "LONGEST": 128, "DROPOUT": dropout}
+    pointers = {"bias": "*fp32", "grad_bias": "*fp32", "boundaries": "*i32", "seed": "*i32"}
+    pointers |= dict.fromkeys(("grad_out", "query", "key", "value", "grad_qkv"), "*bf16")
+    types = dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"} | pointers
+    types |= dict.fromkeys(constants, "constexpr")
+    names = attention_backward.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = GluonASTSource(attention_backward, {name: types[name] for name in names}, constants, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    assert compiled.asm["cubin"] and 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
 
 
 @pytest.fixture
@@ -104,10 +128,6 @@ def test_what_a_run_is_told_reaches_the_model(short):
 
 
 # --------------------------------------------------------------------------------------------------- the dense kernels
-def test_the_dense_kernels_in_tritons_interpreter():
-    run_interpreted("dense_backward_interpreted.py")
-
-
 def test_dense_kernels_run_in_the_blocks_alone():
     pytest.importorskip("triton", reason="Triton is there for Linux alone")
     model = BertForPreTraining(BertConfig(**SIZES, **HEADS))
