@@ -203,7 +203,7 @@ def _kind(kind: str) -> Callable[[dict], str]:
 
 
 COLUMNS = {
-    "tokens": lambda r: f"{r['sequences']} x {r['sequence_length']}",
+    "sequences x tokens": lambda r: f"{r['sequences']} x {r['sequence_length']}",
     "variant": lambda r: r["variant"],
     "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
     "ms a step (least–greatest)": lambda r: r["step"].text(2, 1e3),
@@ -216,7 +216,7 @@ COLUMNS = {
     "SM clock, power, share capped": lambda r: r["gpu"].text(),
 }
 PROFILE_COLUMNS = {
-    "tokens": COLUMNS["tokens"],
+    "sequences x tokens": COLUMNS["sequences x tokens"],
     "variant": COLUMNS["variant"],
     **{kind: _kind(kind) for kind in KINDS},
 }

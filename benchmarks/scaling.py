@@ -5,10 +5,9 @@
     torchrun --standalone --nproc_per_node 8 benchmarks/scaling.py --output 8.json    # one of these launches alone
     python3 benchmarks/scaling.py --processes 8 --earlier 4.json --output 8.json      # after a command with 1,2,4
 
-The step is run_pretraining.py's own (`PretrainingRun.give_step`: LAMB, losses summed over all processes; CUDA graphs of
-several processes with `--cuda_graphs True`), with random sequences, as many for each process whatever their number. Its
-learning rate is 0: the processes stay alike, also where their gradients are not averaged. In each launch three ways of
-taking it take turns, a sample each a round:
+The step is run_pretraining.py's own (`PretrainingRun.give_step`: LAMB, losses summed over all processes, CUDA graphs),
+with random sequences, as many for each process whatever their number. Its learning rate is 0: the processes stay alike,
+also where their gradients are not averaged. In each launch three ways of taking it take turns, a sample each a round:
 
     together    as in training: the last micro-step's backward pass averages the gradients over all processes
     apart       as together, but no gradient is averaged

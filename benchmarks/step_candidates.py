@@ -18,6 +18,7 @@ from training.throughput import peak_tflops, useful_flops
 
 HUGGINGFACE = "huggingface"
 OURS = {"dense": ("dense", 0), "slope": ("slope", 0), "slope-16": ("slope", 16), "slope-64": ("slope", 64)}
+SHORT = 128  # tokens: what kernels of ours take
 MULTIPLE = 8  # of the largest batch
 
 
@@ -80,6 +81,8 @@ def make_step(name: str, setting: Setting, args, world: World, **more) -> Traini
     else:
         model, rank = OURS[name]
         same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "attention", "dense_kernels")}
+        if same["attention"] == "short" and setting.length > SHORT:
+            same["attention"] = "auto"  # so that one command can have shapes of either kind
         flags = run_flags(model, precision=args.dtype, local_batch_size=setting.sequences, **same, **more)
         step = TrainingStep(flags, config, world, setting.length, rank)
     step.repeat(args.accumulation)

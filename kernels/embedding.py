@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +16,8 @@ FEW_ROWS = 8  # whose sums are a product with zeros and ones: by rows, torch wou
 @contextmanager
 def _fixed_order() -> Iterator[None]:
     """torch's own way of adding up in a fixed order, for the operations inside; its settings stay as they are."""
+    import torch._inductor.config  # a second, which only backward passes are to take
+
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills, compiler = torch.utils.deterministic.fill_uninitialized_memory, torch._inductor.config.deterministic
     torch.use_deterministic_algorithms(True)

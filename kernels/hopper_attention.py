@@ -1,5 +1,8 @@
 """The backward pass of kernels/short_attention.py for Hopper's tensor cores, in Gluon, where layouts are said by hand.
 
+A product that goes on by itself reads shared memory until it is waited for. The wait names what it reads: else the
+compiler would take that memory for free from the product's start, and give it to what comes between.
+
 Triton's compiler puts P' and dS through shared memory twice, since dV and dK want them transposed, and keeps all scores
 of a head in registers: one program on a multiprocessor. Here queries are taken in two halves, P' and dS are stored
 once, and the products read them from there in either direction: two programs fit. The gradients leave through the
@@ -58,7 +61,8 @@ def _store_gradient(
     LONGEST: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Of query, key or value, which lies in shared memory; and the sequence's share of that of its bias."""
+    """Of query, key or value, which lies in shared memory; and the sequence's share of that of its bias: a sum of what
+    was rounded, where Triton's kernel sums fp32."""
     first = gl.load(boundaries + sequence, volatile=True)  # again, so that no addresses stay in registers till here
     length = gl.load(boundaries + sequence + 1, volatile=True) - first
     rounded = buffer.load(ROWS)
@@ -69,7 +73,7 @@ def _store_gradient(
     gl.store(share, gl.sum(rounded.to(gl.float32), 0))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["threshold"])
 def attention_backward(
     grad_out,
     query,
@@ -124,15 +128,15 @@ def attention_backward(
     for begin in gl.static_range(0, LONGEST, _HALF):
         queries = begin + gl.arange(0, _HALF, gl.SliceLayout(1, SCORES))
         nothing = gl.zeros([_HALF, LONGEST], gl.float32, SCORES)
-        g_half = g.slice(begin, _HALF)
-        scores = warpgroup_mma(q.slice(begin, _HALF), k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        q_half, g_half = q.slice(begin, _HALF), g.slice(begin, _HALF)
+        scores = warpgroup_mma(q_half, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
         grad_p = warpgroup_mma(g_half, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, [scores])
+        scores, _, _ = warpgroup_mma_wait(1, [scores, q, k])
         if length < LONGEST:
             scores = gl.where(keys < length, scores, float("-inf"))
         p = gl.exp2(scores * log2_scale - (gl.max(scores, 1) * log2_scale)[:, None])
         p = p * (1 / gl.sum(p, 1))[:, None]
-        grad_p = warpgroup_mma_wait(0, [grad_p])
+        grad_p, _, _ = warpgroup_mma_wait(0, [grad_p, g, v])
         dropped = p
         if DROPOUT:  # what is kept gets its factor at the end
             kept = _kept(first, head, queries[:, None], keys, seed, threshold, HEADS, LONGEST)
@@ -143,7 +147,7 @@ def attention_backward(
         grad_v = warpgroup_mma(dropped_shared.permute((1, 0)), g_half, grad_v, use_acc=begin > 0, is_async=True)
         grad_scores = p * (grad_p - gl.sum(grad_p * p, 1)[:, None])
         grad_scores_shared.slice(begin, _HALF).store(grad_scores.to(dtype))
-        grad_v = warpgroup_mma_wait(0, [grad_v])
+        grad_v, _, _ = warpgroup_mma_wait(0, [grad_v, dropped_shared, g])
         _barrier()  # every warp's product has read `dropped_shared`
     fence_async_shared()
 
@@ -155,9 +159,9 @@ def attention_backward(
     v.store(grad_v.to(dtype))
     _store_gradient(v, grad_qkv, grad_bias, boundaries, sequence, head, 2, HEADS, SIZE, LONGEST, ROWS)
     grad_k = warpgroup_mma(grad_scores_shared.permute((1, 0)), q, nothing, use_acc=False, is_async=True)
-    grad_q = warpgroup_mma_wait(1, [grad_q])
+    grad_q, _, _ = warpgroup_mma_wait(1, [grad_q, grad_scores_shared, k])
     g.store((grad_q * scale).to(dtype))
     _store_gradient(g, grad_qkv, grad_bias, boundaries, sequence, head, 0, HEADS, SIZE, LONGEST, ROWS)
-    grad_k = warpgroup_mma_wait(0, [grad_k])
+    grad_k, _, _ = warpgroup_mma_wait(0, [grad_k, grad_scores_shared, q])
     k.store((grad_k * scale).to(dtype))
     _store_gradient(k, grad_qkv, grad_bias, boundaries, sequence, head, 1, HEADS, SIZE, LONGEST, ROWS)

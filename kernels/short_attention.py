@@ -130,7 +130,7 @@ def _kept(first, head, seed, threshold, HEADS: tl.constexpr, LONGEST: tl.constex
     return (bits << ((keys & 8) * 2).to(tl.uint32)) >= (threshold.to(tl.uint32) << 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _attention_forward(
     query,
     key,
@@ -161,7 +161,7 @@ def _attention_forward(
     tl.store(out + _places(first, head, HEADS * SIZE, SIZE, LONGEST), context, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _attention_backward(
     grad_out,
     query,
@@ -217,8 +217,8 @@ class Settings(NamedTuple):
 
 
 def share_dropped(dropout_p: float) -> float:
-    """The probability itself, in 16 bits."""
-    return round(dropout_p * 2**16) / 2**16
+    """The probability itself, in 16 bits; never 1."""
+    return min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
 
 
 def _settings(heads: Sequence[Tensor], boundaries: Tensor, dropout_p: float) -> tuple[list[Tensor], Settings]:

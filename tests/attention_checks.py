@@ -41,7 +41,7 @@ def kept_scores(boundaries: Tensor, heads: int, seed: Tensor, dropout_p: float) 
     bits = folded((rows[..., None] * LONGEST + (keys & 0x77) + seed[0]) & words, 0xED5AD4BB)
     bits = folded(bits ^ (seed[1].long() & words), 0xAC4C1B51)
     bits = torch.where((queries & 8 != 0)[:, None, None], folded(bits, 0xC2B2AE3D), bits)
-    return torch.where(keys & 8 != 0, bits & 0xFFFF, bits >> 16) >= round(dropout_p * 2**16)
+    return torch.where(keys & 8 != 0, bits & 0xFFFF, bits >> 16) >= share_dropped(dropout_p) * 2**16
 
 
 def exact(qkv: Tensor, bias: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):

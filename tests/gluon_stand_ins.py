@@ -52,13 +52,26 @@ def allocate_shared_memory(dtype, shape, layout, given=None) -> Shared:
     return shared
 
 
+under_way: list[set[int]] = []
+"""Of each product that is not waited for: the arrays in shared memory that it reads."""
+
+
+def _array(shared: Shared) -> int:
+    return id(shared.raw if shared.raw.base is None else shared.raw.base)
+
+
 def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
+    under_way.append({_array(a), _array(b)})
     product = tl.dot(a.load(), b.load())
     return acc + product if _value(use_acc) else product
 
 
-def warpgroup_mma_wait(pending, results):
-    return results[0] if len(results) == 1 else results
+def warpgroup_mma_wait(pending, given):
+    """The wait must name what its products read: else the compiler gives that memory to others before it."""
+    named = {_array(operand) for operand in given if isinstance(operand, Shared)}
+    while len(under_way) > _value(pending):
+        assert under_way.pop(0) <= named, "a product is waited for that reads more than is named"
+    return given
 
 
 def _tritons(name: str):

@@ -137,6 +137,8 @@ def test_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
         assert losses == pytest.approx(expected_losses, rel=5e-3)
         assert_same_gradients(found, expected, bound=0.03)
     if what in TOGETHER:
+        ours = [module.kernels for module in fast.engine.model.modules() if hasattr(module, "kernels")]
+        assert fast.short_attention == any(ours) == (what == "all"), "auto did not choose our kernels where it can"
         assert len(fast.engine.graphs.captured) > 1, "all micro-steps had one shape: the test shows less than it says"
 
 

@@ -91,9 +91,14 @@ def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int
     missing = _unavailable("short_attention", world)
     if missing:
         return missing
-    from kernels.short_attention import HEAD_SIZES, LONGEST
+    from kernels.short_attention import HEAD_SIZES, LONGEST, runs_on_hopper
 
     head = config.hidden_size // config.num_attention_heads
+    if runs_on_hopper(world.device, head):
+        try:
+            importlib.import_module("kernels.hopper_attention")
+        except (ImportError, AttributeError) as reason:  # Gluon's names move between Triton's versions
+            return f"cannot run with this Triton, whose Gluon is another ({reason})"
     reasons = {
         "padding computed (--unpad)": not unpadded,
         f"sequences of {longest} tokens": longest > LONGEST,

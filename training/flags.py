@@ -127,7 +127,7 @@ def add_graph_flag(group) -> None:
         "--cuda_graphs",
         default="auto",
         choices=("auto", "True", "False"),
-        help="run each micro-step as a CUDA graph; auto: on a GPU",
+        help="run each micro-step as a CUDA graph; auto: on a GPU, where no other flag forbids it",
     )
 
 
@@ -142,6 +142,8 @@ def add_block_flags(group) -> None:
     )
     group.add_argument(
         "--dense_kernels",
+        nargs="?",
+        const="True",
         default="auto",
         choices=("auto", "True", "False"),
         help="backward passes of GELU, dropout and LayerNorm by kernels of ours; auto: in a GPU's compiled blocks",

@@ -115,7 +115,7 @@ class PretrainingRun:
         obstacle = obstacle_to_short_attention(self.config, unpadded, self.longest, self.world)
         self.short_attention = asked_for("attention", args.attention, obstacle)
         if unpadded and on_gpu and not self.short_attention:
-            self.notes.append(f"torch's flash attention ({obstacle or '--attention flash'})")
+            self.notes.append(f"torch's flash attention, not kernels of ours ({obstacle or '--attention flash'})")
         self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         obstacle = obstacle_to_dense_kernels(compiled, self.world)
@@ -135,9 +135,8 @@ class PretrainingRun:
         if self.short_attention:
             attentions = [block.attention.self for block in model.bert.encoder.layer]
             joined = sum(join(attention.projections(), [places, *other_tokens]) for attention in attentions)
-            self.notes.append(
-                f"attention of short sequences, query, key and value in one 2:4 product in {joined} blocks"
-            )
+            together = f", query, key and value in one 2:4 product in {joined} blocks" if joined else ""
+            self.notes.append(f"attention of short sequences by kernels of ours{together}")
         padding = f"no padding computed but up to a multiple of {multiple} tokens" if unpadded else "padding computed"
         graphs = "with" if self.engine.captured else "without"
         self.notes.append(f"{'compiled' if compiled else 'not compiled'}, {graphs} CUDA graphs, {padding}")
