@@ -10,13 +10,19 @@ inputs' shared memory, which nobody reads any more.
 """
 # ruff: noqa: N803, N806 - Triton's spelling of compile-time values
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from kernels.build import KernelsUnavailable
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+    _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
+except (ImportError, AttributeError) as error:  # Gluon's names move between Triton's versions
+    raise KernelsUnavailable(f"this Triton's Gluon is another ({error})") from error
 
 WARPS = 4
 _HALF = gl.constexpr(64)  # queries that are taken at a time
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 
 @gluon.jit

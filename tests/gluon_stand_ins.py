@@ -1,6 +1,7 @@
 """Gluon's names, standing for Triton's, so that Triton's interpreter runs a Gluon kernel's arithmetic on a CPU.
 
-Layouts are dropped and shared memory is a numpy array: what threads hold and wait for is not seen here.
+Layouts are dropped and shared memory is a numpy array. What threads hold, and when, is not seen here; only that each
+wait names what its products read.
 """
 
 import sys

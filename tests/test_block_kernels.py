@@ -87,6 +87,15 @@ def test_what_stands_against_short_attention(change, obstacle, triton):
     assert obstacle_to_short_attention(config, case["unpadded"], case["longest"], world) == obstacle
 
 
+def test_a_triton_with_another_gluon_is_told_before_the_first_step(triton, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
+    monkeypatch.setattr("kernels.short_attention.runs_on_hopper", lambda device, size: True)
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delitem(sys.modules, "kernels.hopper_attention", raising=False)
+    found = obstacle_to_short_attention(BertConfig(**SIZES, **HEADS), True, 128, CUDA)
+    assert re.match(r"this Triton's Gluon is another \(.*gluon", found)
+
+
 OBSTACLES = {
     "short": lambda: obstacle_to_short_attention(BertConfig(**SIZES, **HEADS), True, 128, CUDA),
     "dense": lambda: obstacle_to_dense_kernels(True, CUDA),

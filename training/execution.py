@@ -94,11 +94,9 @@ def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int
     from kernels.short_attention import HEAD_SIZES, LONGEST, runs_on_hopper
 
     head = config.hidden_size // config.num_attention_heads
-    if runs_on_hopper(world.device, head):
-        try:
-            importlib.import_module("kernels.hopper_attention")
-        except (ImportError, AttributeError) as reason:  # Gluon's names move between Triton's versions
-            return f"cannot run with this Triton, whose Gluon is another ({reason})"
+    missing = _unavailable("hopper_attention", world) if runs_on_hopper(world.device, head) else ""
+    if missing:
+        return missing
     reasons = {
         "padding computed (--unpad)": not unpadded,
         f"sequences of {longest} tokens": longest > LONGEST,
