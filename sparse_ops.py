@@ -174,7 +174,7 @@ class DenseOperands(nn.Module):
     def refresh_all(layers: Sequence["SparseLinear"], rechoose: bool) -> None:
         """`refresh` of many layers whose operands are of this class."""
         if rechoose:
-            for alike in _alike([layer for layer in layers if layer.m is not None]):
+            for alike in _alike([layer for layer in layers if layer.double_pruned]):
                 _choose_second(alike)
         for layer in layers:
             layer.operands._rebuild(layer.values.detach())
@@ -288,11 +288,14 @@ class SparseLinear(AdaptedLinear):
         mask: bool [out, in], the weights to keep.
         m: group size of the N:M pattern; None for an unstructured mask, which is not pruned a second time.
         reduction_dim: True when the groups of `mask` run along the input dimension.
+        double_prune: False when the input gradient is to read W^R itself.
     """
 
-    def __init__(self, linear: nn.Linear, mask: Tensor, m: int | None, reduction_dim: bool = True):
+    def __init__(
+        self, linear: nn.Linear, mask: Tensor, m: int | None, reduction_dim: bool = True, double_prune: bool = True
+    ):
         super().__init__(linear.in_features, linear.out_features)
-        self.m, self.by_input = m, reduction_dim or m is None
+        self.m, self.by_input, self.double_pruned = m, reduction_dim or m is None, double_prune and m is not None
         weight, mask = linear.weight.detach(), mask.to(linear.weight.device)
         stored, stored_mask = (weight, mask) if self.by_input else (weight.t(), mask.t())
         self.stored_shape = tuple(stored.shape)
@@ -438,7 +441,7 @@ def _pruned_layer(linear: nn.Linear, name: str, config: SparsityConfig, m: int, 
     if config.unstructured_masking:
         return SparseLinear(linear, unstructured_mask(scores, config.unstructured_mask_sparsity), m=None)
     mask = nm_mask(scores, N, m, dim=1 if config.reduction_dim else 0)
-    return SparseLinear(linear, mask, m, config.reduction_dim)
+    return SparseLinear(linear, mask, m, config.reduction_dim, config.double_prune)
 
 
 def add_adapters(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
@@ -490,7 +493,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     layers = [layer for _, layer in named_layers(model)]
     total = sum(layer.in_features * layer.out_features for layer in layers)
     kept = sum(layer.values.numel() for layer in layers)
-    twice = sum(layer.values.numel() if layer.m is None else int(layer.second_kept.sum()) for layer in layers)
+    twice = sum(int(layer.second_kept.sum()) if layer.double_pruned else layer.values.numel() for layer in layers)
     return SparsityReport(len(layers), total, kept / max(total, 1), twice / max(total, 1))
 
 
@@ -521,7 +524,7 @@ class OperandRefresh:
         """Step count, and the present choice of W^{R,C} where the next steps would not make it anew."""
         masks = {}
         if self.interval != 1:
-            masks = {name: pack_bits(x.second_kept) for name, x in named_layers(self.model) if x.m is not None}
+            masks = {name: pack_bits(x.second_kept) for name, x in named_layers(self.model) if x.double_pruned}
         return {"steps": self.steps, "second_masks": masks}
 
     def load_state_dict(self, state: dict) -> None:

@@ -181,6 +181,8 @@ def refusal(backend: str, layer: SparseLinear, dtype: torch.dtype) -> str | None
         return "--precision fp32"
     if layer.m is None:
         return "an unstructured mask"
+    if not layer.double_pruned:
+        return "--double_prune False"
     if not layer.by_input:
         return "--reduction_dim False"
     if backend == "cusparselt" and layer.m != 4:

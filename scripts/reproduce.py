@@ -37,8 +37,8 @@ DOCS = ROOT / "docs/results.md"
 ESTIMATED_SEQUENCES = 305_000  # of the large corpus, vocabulary 16,384; for --dry_run without data
 # Flags that the numbers depend on: they are told again where the command of a report is shown.
 TELLING = (
-    *("epochs", "global_batch_size", "local_batch_size", "learning_rate", "warmup_proportion", "seed", "precision"),
-    *("finetune_seeds", "finetune_steps"),
+    *("epochs", "global_batch_size", "local_batch_size", "learning_rate", "sparse_learning_rate"),
+    *("warmup_proportion", "seed", "precision", "finetune_seeds", "finetune_steps"),
 )
 
 
@@ -69,11 +69,12 @@ def parse_arguments(argv: list[str] | None = None):
     add_switch(runs, "--report", "run nothing: table and picture from what is there")
     runs.add_argument("--docs", nargs="?", const=str(DOCS), metavar="FILE", help="also into this document, by default "
                       "docs/results.md, between its two marker lines")  # fmt: skip
-    training = parser.add_argument_group("training, the same for all runs")
-    training.add_argument("--epochs", default=20, type=whole(1, 30), help="passes over the text")
-    training.add_argument("--global_batch_size", default=256, type=whole(1), help="sequences of an optimizer step")
-    training.add_argument("--local_batch_size", default=256, type=whole(1), help="sequences of a micro-step")
-    training.add_argument("--learning_rate", default=7e-4, type=real(0), help="peak learning rate")
+    training = parser.add_argument_group("training, the same for all runs but for the learning rate")
+    training.add_argument("--epochs", default=30, type=whole(1, 30), help="passes over the text")
+    training.add_argument("--global_batch_size", default=64, type=whole(1), help="sequences of an optimizer step")
+    training.add_argument("--local_batch_size", default=64, type=whole(1), help="sequences of a micro-step")
+    training.add_argument("--learning_rate", default=6e-4, type=real(0), help="peak learning rate of dense runs")
+    training.add_argument("--sparse_learning_rate", default=8.5e-4, type=real(0), help="of runs sparse from the start")
     training.add_argument("--warmup_proportion", default=0.1, type=real(0, 0.5), help="share of the steps it rises in")
     training.add_argument("--seed", default=42, type=whole(0, 2**32 - 2), help="of weights, order, masks, dropout")
     training.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")

@@ -309,7 +309,8 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
         f"BERT of {model['num_hidden_layers']} layers, {model['hidden_size']} wide, vocabulary "
         f"{model['vocab_size']:,}; the text read {settings.epochs} times, in {settings.steps:,} steps of "
         f"{settings.global_batch_size} sequences of {settings.sequence_length} tokens; LAMB, peak learning rate "
-        f"{settings.learning_rate:g} after a warm-up of {settings.warmup_proportion:.0%} of the steps, then poly decay "
+        f"{settings.learning_rate:g} for what begins dense and {settings.sparse_learning_rate:g} for SLoPe, after a "
+        f"warm-up of {settings.warmup_proportion:.0%} of the steps, then poly decay "
         f"of degree 0.5; {settings.precision}; seed {settings.seed}, the same order of the data for all. Times are "
         "sums over the steps, compilation included, evaluations and checkpoints left out.",
         f"Scores of fine-tuning in percent, mean ± sample standard deviation over the seeds {settings.finetune_seeds}; "

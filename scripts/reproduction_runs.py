@@ -58,6 +58,7 @@ RECIPES = {
     "pruned_half": Recipe("dense, pruned half-way", SPARSE, "dense", 5, new_phase=True),
     "slope_random": Recipe("SLoPe, random masks", (*SPARSE, "--mask_init", "random"), extra=True),
     "slope_fixed": Recipe("SLoPe, W^{{R,C}} chosen once", (*SPARSE, "--double_prune_interval", "0"), extra=True),
+    "slope_exact": Recipe("SLoPe, input gradient by W^R", (*SPARSE, "--double_prune", "False"), extra=True),
     "slope_but_attention": Recipe("SLoPe, attention dense", (*SPARSE, "--skip_attention", "True"), extra=True),
 }
 STANDARD = [name for name, recipe in RECIPES.items() if not recipe.extra]
@@ -71,6 +72,8 @@ class Settings:
     global_batch_size: int
     local_batch_size: int
     learning_rate: float
+    """Of runs that begin dense."""
+    sparse_learning_rate: float
     warmup_proportion: float
     seed: int
     precision: str
@@ -94,6 +97,11 @@ class Settings:
 
     def step_of(self, tenths: int) -> int:
         return tenths * self.steps // TENTHS
+
+    def rate(self, name: str) -> float:
+        """Peak learning rate of a run."""
+        recipe = RECIPES[name]
+        return self.learning_rate if recipe.flags == DENSE or recipe.new_phase else self.sparse_learning_rate
 
     def title(self, name: str) -> str:
         return RECIPES[name].title.format(rank=self.lora_rank)
@@ -181,7 +189,7 @@ class Plan:
             "local_batch_size": settings.local_batch_size,
             "max_predictions_per_seq": EncodeSettings().predictions(settings.sequence_length),
             "optimizer": "lamb",
-            "learning_rate": settings.learning_rate,
+            "learning_rate": settings.rate(name),
             "warmup_proportion": settings.warmup_proportion,
             "seed": settings.seed,
             "precision": settings.precision,
@@ -191,23 +199,23 @@ class Plan:
             "eval_interval": max(1, settings.steps // EVALUATIONS),
             "eval_samples": 4000,
         }
-        flags |= self._second_phase(recipe) if recipe.new_phase else {}
+        flags |= self._second_phase(name) if recipe.new_phase else {}
         named = [word for name, value in flags.items() for word in (f"--{name}", value)]
         return _words([sys.executable, ROOT / "run_pretraining.py", *named, *recipe.flags])
 
-    def _second_phase(self, recipe: Recipe) -> dict:
+    def _second_phase(self, name: str) -> dict:
         """The rest of the schedule as a phase of its own.
 
         The rate falls as base · sqrt(share of the steps that are left), so from any step on it is that of a shorter
         phase with a base of base · sqrt(that phase's share). A phase begins with the first sample of its order: with
         the next seed that is another order, as a further epoch's would be, with other masks.
         """
-        settings, before = self.settings, self.settings.step_of(recipe.branch)
+        settings, before = self.settings, self.settings.step_of(RECIPES[name].branch)
         after = settings.steps - before
         return {
             "previous_phase_end_step": before,
             "max_steps": after,
-            "learning_rate": settings.learning_rate * sqrt(after / settings.steps),
+            "learning_rate": settings.rate(name) * sqrt(after / settings.steps),
             "warmup_proportion": 0.0,
             "seed": settings.seed + 1,
         }

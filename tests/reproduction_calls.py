@@ -27,7 +27,16 @@ def flags(data: Path, output: Path, *more: str) -> list[str]:
     return [
         *("--output_dir", str(output), "--data_dir", str(data), "--skip_data"),
         *("--model_config_file", str(data / "model.json"), "--epochs", "20", "--global_batch_size", "6"),
-        *("--local_batch_size", "3", "--learning_rate", "4e-3", "--precision", "fp32"),
+        *(
+            "--local_batch_size",
+            "3",
+            "--learning_rate",
+            "4e-3",
+            "--sparse_learning_rate",
+            "5e-3",
+            "--precision",
+            "fp32",
+        ),
         *("--finetune_seeds", "3,5", "--finetune_steps", "2", *more),
     ]
 
@@ -50,7 +59,13 @@ def call(words: list[str], start=Forked) -> int:
 
 def settings(**changes) -> Settings:
     model = json.loads((ROOT / "config/bert_reproduction_config.json").read_text())
-    training = {"epochs": 10, "global_batch_size": 256, "local_batch_size": 64, "learning_rate": 2e-3}
+    training = {
+        "epochs": 10,
+        "global_batch_size": 256,
+        "local_batch_size": 64,
+        "learning_rate": 2e-3,
+        "sparse_learning_rate": 3e-3,
+    }
     training |= {"warmup_proportion": 0.1, "seed": 42, "precision": "bf16", "finetune_seeds": "0,1,2"}
     training |= {"finetune_steps": None, "model": model, "sequences": 305_129, "sequence_length": 128}
     return Settings(**(training | changes))

@@ -133,8 +133,10 @@ def test_the_report_stands_in_the_document_too(whole):
     assert all(0 <= float(cell) <= 100 for cell in rows["SQuAD dev f1"])
     last = metrics(whole / "slope", PREFIX)[-1]
     assert rows["held-out MLM loss, last"][1] == f"{float(last['heldout_mlm_loss']):.3f}"
-    command = "bash scripts/reproduce.sh --global_batch_size 6 --local_batch_size 3 --learning_rate 0.004 "
-    command += "--precision fp32 --finetune_seeds 3,5 --finetune_steps 2 --model_config_file FILE"
+    command = "bash scripts/reproduce.sh --epochs 20 --global_batch_size 6 --local_batch_size 3 --learning_rate 0.004 "
+    command += (
+        "--sparse_learning_rate 0.005 --precision fp32 --finetune_seeds 3,5 --finetune_steps 2 --model_config_file FILE"
+    )
     assert f"```\n{command}\n```" in report
 
 
@@ -401,7 +403,7 @@ def test_a_dry_run_prints_what_would_run_and_makes_nothing(tmp_path, capsys):
 
 def test_extra_runs_are_made_on_demand(data, tmp_path, capsys):
     names = {"slope_random": "--mask_init random", "slope_fixed": "--double_prune_interval 0",
-             "slope_but_attention": "--skip_attention True"}  # fmt: skip
+             "slope_exact": "--double_prune False", "slope_but_attention": "--skip_attention True"}  # fmt: skip
     words = flags(data, tmp_path / "out", "--dry_run", "--only", ",".join(names), "--skip_finetuning")
     assert call(words) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
@@ -410,7 +412,12 @@ def test_extra_runs_are_made_on_demand(data, tmp_path, capsys):
         assert f"{tmp_path}/out/{name}" in line and line.endswith(f"--pruned_matrix static-weight {words}")
         run_pretraining.parse_arguments(shlex.split(line)[2:])
     titles = [settings().title(name) for name in names]
-    assert titles == ["SLoPe, random masks", "SLoPe, W^{R,C} chosen once", "SLoPe, attention dense"]
+    assert titles == [
+        "SLoPe, random masks",
+        "SLoPe, W^{R,C} chosen once",
+        "SLoPe, input gradient by W^R",
+        "SLoPe, attention dense",
+    ]
 
 
 def test_only_and_no_finetuning(data, tmp_path, capsys):
@@ -493,6 +500,7 @@ def test_mistakes_are_one_line(words, said, data, tmp_path, capsys):
     [
         (["--epochs", "10"], "was begun with --epochs 20, not 10"),
         (["--learning_rate", "1e-3"], "was begun with --learning_rate 0.004, not 0.001"),
+        (["--sparse_learning_rate", "1e-3"], "was begun with --sparse_learning_rate 0.005, not 0.001"),
         (["--finetune_seeds", "3"], "was begun with --finetune_seeds 3,5, not 3"),
     ],
 )

@@ -29,10 +29,11 @@ def emulated(monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------------- choice
-def a_layer(m=4, by_input=True, size=(64, 64), cuda=True):
+def a_layer(m=4, by_input=True, size=(64, 64), cuda=True, double_pruned=True):
     """As much of a layer as a refusal looks at."""
+    sizes = {"out_features": size[0], "in_features": size[1]}
     values = SimpleNamespace(is_cuda=cuda, device="cuda:0")
-    return SimpleNamespace(values=values, m=m, by_input=by_input, out_features=size[0], in_features=size[1])
+    return SimpleNamespace(values=values, m=m, by_input=by_input, double_pruned=double_pruned, **sizes)
 
 
 REFUSALS = [
@@ -46,6 +47,7 @@ REFUSALS = [
     ((9, 0), FP32, {}, "--precision fp32", "--precision fp32"),
     ((9, 0), BF16, {"by_input": False}, "--reduction_dim False", "--reduction_dim False"),
     ((9, 0), FP16, {"m": None}, "an unstructured mask", "an unstructured mask"),
+    ((9, 0), BF16, {"double_pruned": False}, "--double_prune False", "--double_prune False"),
     ((8, 0), BF16, {}, "compute capability 8.0", None),
     ((8, 9), BF16, {}, "compute capability 8.9", None),
     ((7, 5), BF16, {}, "compute capability 7.5", "compute capability 7.5"),

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from optimization import Lamb
-from sparse_ops import OperandRefresh, SparseLinear
+from sparse_ops import N, OperandRefresh, SparseLinear, nm_mask
 
 # ----------------------------------------------------------------------------------------------------------- products
 INPUT_AND_GRADIENT = [
@@ -47,6 +47,22 @@ def test_products_and_gradients(case, bias, rank):
             with_adapters(layer, rank)
         reference = reference_of(case, layer, mask, weight)
         check_products(layer, reference, sample(kinds[0], IN, 1), sample(kinds[1], OUT, 2), rtol=1e-11, atol=1e-11)
+
+
+def test_without_the_second_pruning_the_input_gradient_reads_the_forward_weight():
+    linear = nn.Linear(IN, OUT).double()
+    mask = nm_mask(linear.weight.detach().abs(), N, 4)
+    layer, weight = SparseLinear(linear, mask, 4, double_prune=False), linear.weight.detach() * mask
+    refresh = OperandRefresh(layer, interval=2)
+    for _ in range(3):
+        x, grad_y = sample("3d", IN, 1).requires_grad_(), sample("3d", OUT, 2)
+        layer(x).backward(grad_y)
+        torch.testing.assert_close(x.grad, grad_y @ weight, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            layer.values.mul_(-2)
+        weight = weight * -2
+        refresh.after_step()
+    assert layer.second_kept is None and refresh.state_dict() == {"steps": 3, "second_masks": {}}
 
 
 def test_products_in_float32():

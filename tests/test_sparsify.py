@@ -243,6 +243,7 @@ EXPORTABLE = {
     "2:4-out": dataclasses.replace(SLOPE, reduction_dim=False),
     "2:8-rest": dataclasses.replace(SLOPE, sparsity_increment=(1,)),
     "unstructured": dataclasses.replace(SLOPE, unstructured_masking=True),
+    "pruned-once": dataclasses.replace(SLOPE, double_prune=False),
     "dynamic-weight-in": SparsityConfig("dynamic-weight"),
     "dynamic-weight-out": SparsityConfig("dynamic-weight", reduction_dim=False),
     "dynamic-output-grad": SparsityConfig("dynamic-output-grad"),
@@ -279,7 +280,9 @@ def test_pruned_inputs_have_no_dense_equivalent(kind):
 
 
 @both_models
-@pytest.mark.parametrize("config", [SLOPE, EXPORTABLE["2:8-rest"], EXPORTABLE["unstructured"]], ids=str)
+@pytest.mark.parametrize(
+    "config", [SLOPE, *(EXPORTABLE[name] for name in ("2:8-rest", "unstructured", "pruned-once"))], ids=str
+)
 def test_report_counts_what_the_matrices_hold(kind_of_model, config):
     model, replaced = pruned(kind_of_model, config)
     report = sparsity_report(model)
@@ -292,6 +295,8 @@ def test_report_counts_what_the_matrices_hold(kind_of_model, config):
     assert (report.layers, report.dense_weights) == (len(replaced), total)
     assert report.forward_density == pytest.approx(once / total, rel=1e-12)
     assert report.backward_density == pytest.approx(twice / total, rel=1e-12)
+    if not config.double_prune:
+        assert report.backward_density == report.forward_density == 0.5
     if config == SLOPE:
         assert report.forward_density == 0.5 and 0.39 < report.backward_density < 0.43
 

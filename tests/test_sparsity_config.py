@@ -51,6 +51,7 @@ def test_reversed_spellings_mean_the_same(spelling, kind):
         ({"pruned_matrix": "static-wight"}, "--pruned_matrix static-wight.*static-weight"),
         ({"pruned_matrix": ""}, "--pruned_matrix"),
         ({"pruned_matrix": "dynamic-input", "unstructured_masking": True}, "--unstructured_masking.*static-weight"),
+        ({"pruned_matrix": "dynamic-input", "double_prune": False}, "--double_prune False.*static-weight"),
         ({"unstructured_mask_sparsity": 100.0}, "--unstructured_mask_sparsity 100"),
         ({"unstructured_mask_sparsity": -1.0}, "--unstructured_mask_sparsity -1"),
         ({"unstructured_mask_sparsity": float("nan")}, "--unstructured_mask_sparsity nan"),
@@ -66,7 +67,7 @@ def test_wrong_values_are_refused_by_the_name_of_their_flag(wrong, flag):
     "config",
     [
         SparsityConfig(),
-        SparsityConfig("static-weight", False, True, True, True, True, 87.5, (0, 12, -1), 16),
+        SparsityConfig("static-weight", False, True, True, True, True, 87.5, (0, 12, -1), 16, False),
         SparsityConfig("dynamic-input", sparsity_increment=[3]),
     ],
 )
@@ -164,6 +165,7 @@ def test_the_checkpoint_decides_where_no_flag_contradicts_it(values):
         ({"reduction_dim": False}, "--reduction_dim False .* True"),
         ({"sparsity_increment": "-1"}, "--sparsity_increment -1 .* 12"),
         ({"unstructured_masking": True}, "--unstructured_masking True .* False"),
+        ({"pruned_matrix": "static-weight", "double_prune": False}, "--double_prune False .* True"),
         ({"pruned_matrix": "static-weight", "skip_last_block": False}, "--skip_last_block False .* True"),
         ({"pruned_matrix": "static-weight", "unstructured_masking": True}, "--unstructured_masking True .* False"),
     ],

@@ -37,6 +37,8 @@ class SparsityConfig:
     """Blocks at which M doubles; see `pattern_of_blocks`."""
     lora_rank: int = 0
     """Rank of the adapters that the model has; 0 without adapters."""
+    double_prune: bool = True
+    """Prune W^R a second time for the input gradient, as 2:4 hardware wants; False: dX = dY W^R, to compare with."""
 
     def __post_init__(self):
         if self.pruned_matrix not in SPELLINGS:
@@ -47,6 +49,10 @@ class SparsityConfig:
         if self.unstructured_masking and self.pruned_matrix not in ("static-weight", "none"):
             raise UsageError(
                 f"--unstructured_masking True goes with --pruned_matrix static-weight only, not {self.pruned_matrix}"
+            )
+        if not self.double_prune and self.pruned_matrix not in ("static-weight", "none"):
+            raise UsageError(
+                f"--double_prune False goes with --pruned_matrix static-weight only, not {self.pruned_matrix}"
             )
         if not 0 <= self.unstructured_mask_sparsity < 100:
             raise UsageError(
@@ -132,6 +138,11 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
         ("--skip_attention", False, "leave the linear layers of the attention dense"),
         ("--reduction_dim", True, "prune the weight along its input dimension, which 2:4 hardware reads"),
         ("--unstructured_masking", False, "keep the largest weights wherever they are, with static-weight"),
+        (
+            "--double_prune",
+            True,
+            "prune a second time for the input gradient; False: as an ablation, by dense products",
+        ),
     )
     for name, default, text in flags:
         group.add_argument(name, default=default, type=boolean, metavar="True|False", help=text)
@@ -228,7 +239,7 @@ def _contradictable(asked: SparsityConfig, saved: SparsityConfig, given: Collect
     names = ["pruned_matrix", "skip_first_block", "skip_last_block", "skip_attention", "unstructured_masking"]
     if unstructured and saved.unstructured_masking:
         return [*names, "unstructured_mask_sparsity"]
-    return [*names, "reduction_dim", "sparsity_increment"]
+    return [*names, "reduction_dim", "sparsity_increment", "double_prune"]
 
 
 def _spelled(value) -> str:
