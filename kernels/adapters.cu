@@ -194,8 +194,12 @@ __host__ __device__ constexpr int clusters_of(int strips, int sharers) {
 }
 __host__ __device__ constexpr int strips_of(int length) { return (length + kStrip - 1) / kStrip; }
 
+// Blocks that a multiprocessor must have registers for; 0: as many as the compiler leaves room for. With 16 columns it
+// takes some registers too many for the fourth.
+constexpr int at_least_blocks(int columns) { return columns == 16 ? 4 : 0; }
+
 template <class Element, int Columns>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kStripThreads)
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kStripThreads, at_least_blocks(Columns))
     adapter_grads_kernel(AdapterGradients p) {
   using Work = Strip<Element, Columns>;
   extern __shared__ float partial[];  // [kWarps][kPartial]
