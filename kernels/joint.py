@@ -71,7 +71,7 @@ class JointOperands(nn.Module):
             self._hold(ADAPTER_PLACES)
 
     def fits(self, layers: Sequence[SparseLinear]) -> bool:
-        """Whether these are all that the layers read: not, where some of them alone have adapters."""
+        """Whether the joint arrays hold all that the layers read: they do not while only some have adapters."""
         return self.left_rows is not None or all(layer.lora_left is None for layer in layers)
 
     def reset(self) -> None:
