@@ -353,8 +353,8 @@ struct AdapterShared {
   uint16_t tile[kTile][kTile + 2];  // [column][row]; 2, so that rows spread over the banks
 };
 
-// A block takes 64 rows of L, or of R^T where it is the right side, 64 columns at a time. Through shared memory, so that
-// both the matrix and its transpose are read and written along their rows. Element::rounded(float) gives an entry's bits.
+// A block takes 64 rows of L, or of R^T where it is the right side, 64 columns at a time. Through shared memory, so
+// that both the matrix and its transpose are read and written along their rows. Element::rounded(float) gives bits.
 template <class Element>
 struct AdapterThread {
   const AdapterOperands& layer;
