@@ -16,17 +16,9 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace slope {
+#include "operand_threads.cuh"
 
-// What the products read of L [in, rank] and R [rank, out]. Columns c of L and rows c of R / rank stand at
-// spread_row(c) of the first two, with zeros in all others, and as they are in the last two, with zeros from `rank` to
-// `width`.
-struct AdapterOperands {
-  float const *left, *right;
-  void *left_rows, *right_rows;  // [2 width, in], [2 width, out]
-  void *left_kept, *right_kept;  // [in, width], [out, width]
-  int32_t in, out, rank, width;
-};
+namespace slope {
 
 namespace {
 
@@ -52,24 +44,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-template <class Element>
-__device__ __forceinline__ Element rounded(float value) {
-  if constexpr (std::is_same_v<Element, __half>)
-    return __float2half_rn(value);
-  else
-    return __float2bfloat16_rn(value);
-}
-
-// Where the 2:4 product reads column c: its groups of four keep positions 0 and 1.
-__device__ __forceinline__ int spread_row(int c) { return c / 2 * 4 + c % 2; }
-
-constexpr int kStrip = 32, kWarps = 4, kThreads = kWarps * 32, kCluster = 4;
+constexpr int kStrip = 32, kWarps = 4, kStripThreads = kWarps * 32, kCluster = 4;
 constexpr int kChunk = 32;  // rows or columns of G that a warp multiplies at a time, 8 a lane
 
 struct AdapterGradients {
   char const *weight, *left, *right;  // G [out, in]; L^T [2 width, in] and R / r [2 width, out], at spread rows
   float *grad_left, *grad_right;      // [in, rank], [rank, out]
-  int out, in, rank;
+  int out, in, rank, right_stride;  // elements from one row of `right` to the next
   float right_scale;
 };
 
@@ -156,7 +137,8 @@ struct Strip {
 #pragma unroll
         for (int m = 0; m < Columns / 16; ++m) {
           int64_t const low = spread_row(column + m * 16 + g), high = spread_row(column + m * 16 + g + 8);
-          a[ahead][m] = {load16(p.right, low * p.out + k, k < p.out), load16(p.right, high * p.out + k, k < p.out)};
+          a[ahead][m] = {load16(p.right, low * p.right_stride + k, k < p.out),
+                         load16(p.right, high * p.right_stride + k, k < p.out)};
         }
       }
 #pragma unroll
@@ -212,8 +194,13 @@ __host__ __device__ constexpr int clusters_of(int strips, int sharers) {
 }
 __host__ __device__ constexpr int strips_of(int length) { return (length + kStrip - 1) / kStrip; }
 
+// Blocks that a multiprocessor must have registers for; 0: as many as the compiler leaves room for. With 16 columns it
+// takes some registers too many for the fourth.
+constexpr int at_least_blocks(int columns) { return columns == 16 ? 4 : 0; }
+
 template <class Element, int Columns>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads) adapter_grads_kernel(AdapterGradients p) {
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kStripThreads, at_least_blocks(Columns))
+    adapter_grads_kernel(AdapterGradients p) {
   using Work = Strip<Element, Columns>;
   extern __shared__ float partial[];  // [kWarps][kPartial]
   auto const cluster = cooperative_groups::this_cluster();
@@ -230,7 +217,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads) ada
   else
     work.left(own, rank * kWarps + warp, sharers * kWarps);
   cluster.sync();
-  for (int place = rank * kThreads + threadIdx.x; place < Work::kSize; place += sharers * kThreads) {
+  for (int place = rank * kStripThreads + threadIdx.x; place < Work::kSize; place += sharers * kStripThreads) {
     float sum = 0;
     for (int other = block - rank; other < block - rank + sharers; ++other) {
       float const* theirs = cluster.map_shared_rank(partial, other) + Work::partial_of(is_right, place);
@@ -257,7 +244,7 @@ int launch_columns(AdapterGradients const& problem, int width, cudaStream_t stre
   int const clusters = clusters_of(strips_of(problem.out), sharers_of(problem.in)) +
                        clusters_of(strips_of(problem.in), sharers_of(problem.out));
   dim3 const blocks(clusters * kCluster, width / Columns);
-  adapter_grads_kernel<Element, Columns><<<blocks, kThreads, kSharedBytes, stream>>>(problem);
+  adapter_grads_kernel<Element, Columns><<<blocks, kStripThreads, kSharedBytes, stream>>>(problem);
   return cudaGetLastError();
 }
 
@@ -276,41 +263,28 @@ constexpr int kMostAdapters = 48;  // of a launch: the arguments of a kernel are
 struct AdapterTable {
   AdapterOperands of[kMostAdapters];
 };
+static_assert(sizeof(AdapterTable) <= 4096, "arguments of a kernel");
 
-constexpr int kOperandRows = 64, kOperandColumns = 64, kOperandThreads = 256;
+struct ToBfloat16 {
+  static __device__ __forceinline__ uint16_t rounded(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
+};
 
-// A block takes 64 rows of L, or of R^T where blockIdx.z is 1, of the layer blockIdx.y. Through shared memory, so that
-// both the matrix and its transpose are read and written along their rows.
+struct ToFloat16 {
+  static __device__ __forceinline__ uint16_t rounded(float value) { return __half_as_ushort(__float2half_rn(value)); }
+};
+
 template <class Element>
-__global__ void __launch_bounds__(kOperandThreads) adapter_operands_kernel(__grid_constant__ AdapterTable const table) {
-  __shared__ Element tile[kOperandColumns][kOperandRows + 2];
-  AdapterOperands const& p = table.of[blockIdx.y];
-  bool const is_right = blockIdx.z == 1;
-  int const rows = is_right ? p.out : p.in, first = blockIdx.x * kOperandRows;
-  auto* const kept = static_cast<Element*>(is_right ? p.right_kept : p.left_kept);
-  auto* const spread = static_cast<Element*>(is_right ? p.right_rows : p.left_rows);
-  for (int column = 0; column < p.width; column += kOperandColumns) {
-    int const columns = min(kOperandColumns, p.width - column), size = kOperandRows * columns;
-    for (int i = threadIdx.x; i < size; i += kOperandThreads) {
-      int const r = is_right ? i % kOperandRows : i / columns, c = is_right ? i / kOperandRows : i % columns;
-      bool const exists = first + r < rows && column + c < p.rank;
-      float value = 0;
-      if (exists && is_right) value = p.right[int64_t(column + c) * rows + first + r] / float(p.rank);
-      if (exists && !is_right) value = p.left[int64_t(first + r) * p.rank + column + c];
-      tile[c][r] = rounded<Element>(value);
-    }
+__global__ void __launch_bounds__(kThreads) adapter_operands_kernel(__grid_constant__ AdapterTable const table) {
+  using Thread = AdapterThread<Element>;
+  __shared__ AdapterShared shared;
+  AdapterOperands const& layer = table.of[blockIdx.y];
+  Thread const thread(layer, blockIdx.z == 1, shared, blockIdx.x, threadIdx.x);
+  for (int column = 0; column < layer.width; column += kTile) {
+    thread.load(column);
     __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kOperandThreads) {
-      int const r = i / columns, c = i % columns;
-      if (first + r < rows) kept[int64_t(first + r) * p.width + column + c] = tile[c][r];
-    }
-    for (int i = threadIdx.x; i < size; i += kOperandThreads) {
-      int const r = i % kOperandRows, c = i / kOperandRows;
-      if (first + r >= rows) continue;
-      Element* const to = spread + int64_t(spread_row(column + c)) * rows + first + r;
-      to[0] = tile[c][r];
-      to[int64_t(2) * rows] = rounded<Element>(0);  // a row that nothing stands at
-    }
+    thread.store(column);
     __syncthreads();
   }
 }
@@ -324,19 +298,21 @@ struct AdapterGradsCall {
   void *grad_left, *grad_right;
   int64_t out, in;
   cudaStream_t stream;
-  int32_t width, rank, half, reserved;
+  int32_t width, rank, half, right_stride;
 };
 
 extern "C" {
 
 // grad_left [in, rank] and grad_right [rank, out] in fp32 from grad_weight [out, in] and the first two of the layer's
-// AdapterOperands; width a multiple of 16. All packed and 16-byte aligned, out and in multiples of 8. Returns 0 or a
-// cudaError_t; launches on `stream`, waits for nothing.
+// AdapterOperands; width a multiple of 16. All packed, but for rows of right_rows that are right_stride elements apart,
+// and 16-byte aligned; out, in and right_stride multiples of 8. Returns 0 or a cudaError_t; launches on `stream`, waits
+// for nothing.
 int slope_adapter_grads(AdapterGradsCall const* c) {
   constexpr int64_t kLargest = 1 << 24;
   if (c->out < 8 || c->in < 8 || c->out % 8 || c->in % 8 || c->out > kLargest || c->in > kLargest)
     return cudaErrorInvalidValue;
   if (c->width < 16 || c->width % 16 || c->rank < 1 || c->rank > c->width) return cudaErrorInvalidValue;
+  if (c->right_stride < c->out || c->right_stride % 8) return cudaErrorInvalidValue;
   slope::AdapterGradients const problem{static_cast<char const*>(c->grad_weight),
                                         static_cast<char const*>(c->left_rows),
                                         static_cast<char const*>(c->right_rows),
@@ -345,14 +321,17 @@ int slope_adapter_grads(AdapterGradsCall const* c) {
                                         int(c->out),
                                         int(c->in),
                                         c->rank,
+                                        c->right_stride,
                                         1.f / float(c->rank)};
   return c->half ? slope::launch<__half>(problem, c->width, c->stream)
                  : slope::launch<__nv_bfloat16>(problem, c->width, c->stream);
 }
 
-// The operands of many layers' adapters, in as few launches as their addresses fit in.
+// The operands of many layers' adapters, in as few launches as their addresses fit in. Returns 0 or a cudaError_t.
 int slope_adapter_operands(slope::AdapterOperands const* layers, int count, int half, cudaStream_t stream) {
   using namespace slope;
+  for (int i = 0; i < count; ++i)
+    if (!layers[i].rows_lie_apart()) return cudaErrorInvalidValue;
   for (int first = 0; first < count; first += kMostAdapters) {
     AdapterTable table{};
     int const number = std::min(count - first, kMostAdapters);
@@ -361,11 +340,11 @@ int slope_adapter_operands(slope::AdapterOperands const* layers, int count, int 
       table.of[i] = layers[first + i];
       rows = std::max({rows, table.of[i].in, table.of[i].out});
     }
-    dim3 const blocks((rows + kOperandRows - 1) / kOperandRows, number, 2);
+    dim3 const blocks(blocks_of_adapters(rows), number, 2);
     if (half)
-      adapter_operands_kernel<__half><<<blocks, kOperandThreads, 0, stream>>>(table);
+      adapter_operands_kernel<ToFloat16><<<blocks, kThreads, 0, stream>>>(table);
     else
-      adapter_operands_kernel<__nv_bfloat16><<<blocks, kOperandThreads, 0, stream>>>(table);
+      adapter_operands_kernel<ToBfloat16><<<blocks, kThreads, 0, stream>>>(table);
     if (cudaError_t const error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return 0;

@@ -70,20 +70,27 @@ class CutlassOperands(nn.Module):
             if dtype not in (torch.bfloat16, torch.float16):
                 raise RuntimeError(f"2:4 operands must be bfloat16 or float16, not {dtype}")
             refresh_operands([layer.operands._entry(layer) for layer in same], dtype, rechoose)
-            adapted = [layer.operands._adapter_entry(layer) for layer in same if layer.lora_left is not None]
+            adapted = [layer for layer in same if layer.lora_left is not None]
+            for layer in adapted:  # before any entry: the arrays of the last to have some may move the others'
+                layer.operands._make_adapters(layer)
             if adapted:
-                refresh_adapters(adapted, dtype)
+                refresh_adapters([layer.operands._adapter_entry(layer) for layer in adapted], dtype)
 
     def _entry(self, layer: SparseLinear) -> tuple:
         operands = (self.kept, self.metadata_backward, self.second, self.kept_backward)
         return layer.values, layer.mask_bits, *operands, *self._sizes(layer)
 
+    def _make_adapters(self, layer: SparseLinear) -> None:
+        if self.left_rows is not None:
+            return
+        width = adapter_width(layer.lora_left.shape[1])
+        for side, size in (("left", layer.in_features), ("right", layer.out_features)):
+            for name, shape in ((f"{side}_rows", (2 * width, size)), (f"{side}_kept", (size, width))):
+                setattr(self, name, torch.empty(shape, dtype=self.dtype, device=self.kept.device))
+        if self.joint is not None:
+            self.joint.join_adapters()
+
     def _adapter_entry(self, layer: SparseLinear) -> tuple[Tensor, ...]:
-        if self.left_rows is None:
-            width = adapter_width(layer.lora_left.shape[1])
-            for side, size in (("left", layer.in_features), ("right", layer.out_features)):
-                for name, shape in ((f"{side}_rows", (2 * width, size)), (f"{side}_kept", (size, width))):
-                    setattr(self, name, torch.empty(shape, dtype=self.dtype, device=self.kept.device))
         return layer.lora_left, layer.lora_right, *self._adapters()
 
     def _adapters(self) -> AdapterOperands:

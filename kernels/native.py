@@ -32,10 +32,10 @@ _SIGNATURES = {
     },
 }
 # Arguments as the C structs of this name hold them: one packed argument costs a quarter of sixteen.
-_CALL = struct.Struct("7P5qP4i")  # sparse_gemm.cuh
+_CALL = struct.Struct("7P6qP4i")  # sparse_gemm.cuh
 _ADAPTER_GRADS_CALL = struct.Struct("5P2qP4i")  # adapters.cu
-_REFRESH_ENTRY = struct.Struct("6P2q2i")  # operands.cu
-_ADAPTER_OPERANDS = struct.Struct("6P4i")  # adapters.cu
+_REFRESH_ENTRY = struct.Struct("6P2q2i")  # operand_threads.cuh
+_ADAPTER_OPERANDS = struct.Struct("6P8i")  # operand_threads.cuh
 
 
 @functools.cache
@@ -118,13 +118,14 @@ def refresh_adapters(layers: Sequence[tuple], dtype: torch.dtype) -> None:
 
     Args:
         layers: of each one lora_left [in, rank], lora_right [rank, out] (fp32, contiguous), and the four of
-            `ops.AdapterOperands`, all of which is written.
+            `ops.AdapterOperands`, all of which is written; the rows of these may lie apart.
         dtype: of the last four.
     """
 
     def entry(left: Tensor, right: Tensor, *operands: Tensor) -> bytes:
         (columns, rank), out, width = left.shape, right.shape[1], operands[-1].shape[1]
-        return _ADAPTER_OPERANDS.pack(*map(_address, (left, right, *operands)), columns, out, rank, width)
+        strides = (matrix.stride(0) for matrix in operands)
+        return _ADAPTER_OPERANDS.pack(*map(_address, (left, right, *operands)), columns, out, rank, width, *strides)
 
     stream = _enter(layers[0][0])
     packed = b"".join(entry(*layer) for layer in layers)
@@ -149,6 +150,8 @@ def launch_sparse_mm(
     Args:
         x: [tokens, in], rows packed or apart; or [..., in], contiguous.
         kept: [out, in/2], rows packed or apart.
+        adapter_x: [tokens, 2 width], contiguous.
+        adapter_kept: [out, width], rows packed or apart.
         y: [..., out] of as many tokens, contiguous.
     """
     columns, out = x.shape[-1], kept.shape[0]
@@ -162,6 +165,7 @@ def launch_sparse_mm(
         y.data_ptr(),
         x.stride(0) if x.dim() == 2 else columns,
         kept.stride(0),
+        0 if adapter_kept is None else adapter_kept.stride(0),
         y.numel() // out,
         out,
         columns,
@@ -183,7 +187,8 @@ def launch_adapter_grads(
     """grad_left [in, rank] and grad_right [rank, out], fp32, from the dense weight gradient.
 
     Args:
-        grad_weight: dY^T X [out, in]; left_rows and right_rows: see `ops.AdapterOperands`; all contiguous.
+        grad_weight: dY^T X [out, in]; left_rows and right_rows: see `ops.AdapterOperands`; all contiguous, but for
+            right_rows, whose rows may lie apart.
     """
     out, columns = grad_weight.shape
     call = _ADAPTER_GRADS_CALL.pack(
@@ -198,7 +203,7 @@ def launch_adapter_grads(
         len(left_rows) // 2,
         len(grad_right),
         DTYPE_CODES[grad_weight.dtype],
-        0,
+        right_rows.stride(0),
     )
     code = _function("adapters", "slope_adapter_grads")(call)
     _raise_if(code, "gradients of adapters", grad_weight, left_rows)

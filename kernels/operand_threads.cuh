@@ -1,5 +1,5 @@
-// What one thread of the refresh and gather kernels does, between two barriers each. Host and device alike, as
-// operand_rules.cuh: on a host, run each phase for all threads of a block before the next phase.
+// What one thread of the kernels for operands and for gathering does, between two barriers each. Host and device alike,
+// as operand_rules.cuh: on a host, run each phase for all threads of a block before the next phase.
 //
 // The refresh reads a layer's values once and writes both operands. A block takes 64 outs x 64 ins, a thread 4 x 4 of
 // them: thread t has ins 4*(t%16) .. + 3 and outs 4*(t/16) .. + 3 of the tile. The transposed operand goes through
@@ -323,6 +323,89 @@ struct GatherThread {
       (here & ((1u << k) - 1) ? two.b : two.a) = Source::value(eight[r].bits[start + k]);
     }
     return two;
+  }
+};
+
+// ------------------------------------------------------------------------------------------- adapters to operands
+// What the products read of a layer's L [in, rank] and R [rank, out]. Columns c of L and rows c of R / rank stand at
+// spread_row(c) of the first two, with zeros in all others, and as they are in the last two, with zeros from `rank` to
+// `width`, which is even. Rows may lie apart, so that layers of one input have joint operands; what is between is left
+// alone. kernels/native.py packs the same fields in the same order.
+struct AdapterOperands {
+  const float *left, *right;
+  void *left_rows, *right_rows;  // [2 width, in], [2 width, out]
+  void *left_kept, *right_kept;  // [in, width], [out, width]
+  int32_t in, out, rank, width;
+  int32_t left_rows_stride, right_rows_stride, left_kept_stride, right_kept_stride;  // from row to row, in elements
+
+  SLOPE_RULE bool rows_lie_apart() const {
+    return left_rows_stride >= in && right_rows_stride >= out && left_kept_stride >= width &&
+           right_kept_stride >= width;
+  }
+};
+
+// Where the 2:4 product reads column c: its groups of four keep positions 0 and 1.
+SLOPE_RULE int spread_row(int c) { return c / 2 * 4 + c % 2; }
+
+SLOPE_RULE int blocks_of_adapters(int rows) { return (rows + kTile - 1) / kTile; }
+
+struct AdapterShared {
+  uint16_t tile[kTile][kTile + 2];  // [column][row]; 2, so that rows spread over the banks
+};
+
+// A block takes 64 rows of L, or of R^T where it is the right side, 64 columns at a time. Through shared memory, so
+// that both the matrix and its transpose are read and written along their rows. Element::rounded(float) gives bits.
+template <class Element>
+struct AdapterThread {
+  const AdapterOperands& layer;
+  AdapterShared& shared;
+  const bool is_right;
+  const int rows, first, thread;
+  uint16_t *const spread, *const kept;
+  const int spread_stride, kept_stride;
+
+  SLOPE_RULE AdapterThread(const AdapterOperands& its_layer, bool right, AdapterShared& its_shared, int block,
+                           int its_thread)
+      : layer(its_layer),
+        shared(its_shared),
+        is_right(right),
+        rows(right ? its_layer.out : its_layer.in),
+        first(block * kTile),
+        thread(its_thread),
+        spread(static_cast<uint16_t*>(right ? its_layer.right_rows : its_layer.left_rows)),
+        kept(static_cast<uint16_t*>(right ? its_layer.right_kept : its_layer.left_kept)),
+        spread_stride(right ? its_layer.right_rows_stride : its_layer.left_rows_stride),
+        kept_stride(right ? its_layer.right_kept_stride : its_layer.left_kept_stride) {}
+
+  SLOPE_RULE int columns_from(int column) const { return layer.width - column < kTile ? layer.width - column : kTile; }
+
+  // Phase 1 of the columns from `column` on.
+  SLOPE_RULE void load(int column) const {
+    const int columns = columns_from(column);
+    for (int i = thread; i < kTile * columns; i += kThreads) {
+      const int r = is_right ? i % kTile : i / columns, c = is_right ? i / kTile : i % columns;
+      const bool exists = first + r < rows && column + c < layer.rank;
+      float value = 0;
+      if (exists && is_right) value = layer.right[offset(column + c, rows) + first + r] / float(layer.rank);
+      if (exists && !is_right) value = layer.left[offset(first + r, layer.rank) + column + c];
+      shared.tile[c][r] = Element::rounded(value);
+    }
+  }
+
+  // Phase 2; before the next columns, another barrier.
+  SLOPE_RULE void store(int column) const {
+    const int columns = columns_from(column);
+    for (int i = thread; i < kTile * columns; i += kThreads) {
+      const int r = i / columns, c = i % columns;
+      if (first + r < rows) kept[offset(first + r, kept_stride) + column + c] = shared.tile[c][r];
+    }
+    for (int i = thread; i < kTile * columns; i += kThreads) {
+      const int r = i % kTile, c = i / kTile;
+      if (first + r >= rows) continue;
+      uint16_t* const to = spread + offset(spread_row(column + c), spread_stride) + first + r;
+      to[0] = shared.tile[c][r];
+      to[offset(2, spread_stride)] = 0;  // a row that nothing stands at
+    }
   }
 };
 

@@ -42,8 +42,8 @@ def _sparse_mm(
 ) -> Tensor:
     if x.dtype != kept.dtype or x.dtype is torch.float32:
         raise RuntimeError(f"2:4 product of {x.dtype} with {kept.dtype}: must be both bfloat16 or both float16")
-    if adapter_x is not None and not (adapter_x.is_contiguous() and adapter_kept.is_contiguous()):
-        raise RuntimeError("2:4 product: adapter_x and adapter_kept must be contiguous")
+    if adapter_x is not None and not (adapter_x.is_contiguous() and adapter_kept.stride(1) == 1):
+        raise RuntimeError("2:4 product: adapter_x must be contiguous, and so must each row of adapter_kept")
     y = x.new_empty(*x.shape[:-1], kept.shape[0])
     if y.numel():
         out, half = kept.shape
@@ -62,6 +62,8 @@ def _gather(grad: Tensor, mask_bits: Tensor, m: int) -> Tensor:
 
 
 def _adapter_grads(grad: Tensor, left_rows: Tensor, right_rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    if not (left_rows.is_contiguous() and right_rows.stride(1) == 1):
+        raise RuntimeError("gradients of adapters: left_rows must be contiguous, and so must each row of right_rows")
     out, columns = grad.shape
     left, right = (grad.new_empty(shape, dtype=torch.float32) for shape in ((columns, rank), (rank, out)))
     launch_adapter_grads(grad.contiguous(), left_rows, right_rows, left, right)
@@ -112,6 +114,8 @@ class AdapterOperands(NamedTuple):
     Any matrix [rows, width] is a 2:4 matrix [rows, 2 width] whose groups of four keep positions 0 and 1: its column c
     then meets column c/2*4 + c%2 of the other operand. L^T and R / r stand in these rows of the first two, with zeros
     between, so X L and dY R^T / r come out where the 2:4 product reads them.
+
+    Of layers of one input (kernels/joint.py) they are slices of joint operands, whose rows lie apart.
     """
 
     left_rows: Tensor

@@ -41,7 +41,8 @@ int slope_gemm_variants() {
 }
 
 // outputs[tokens, out] = inputs[tokens, in] W^T + adapter_inputs adapter_kept^T + bias. Rows of `inputs` are
-// input_stride elements apart, those of `kept` [out, in/2] kept_stride, a multiple of 8; all else is packed.
+// input_stride elements apart, those of `kept` [out, in/2] kept_stride and those of `adapter_kept` adapter_stride,
+// multiples of 8; all else is packed.
 // kernels/layout.py describes `kept` and `metadata`.
 //   adapter_kept    [out, adapter_columns/2]
 //   adapter_inputs  [tokens, adapter_columns]: column c of adapter_kept meets column c/2*4 + c%2; the others are not read

@@ -424,7 +424,7 @@ __global__ void __cluster_dims__(T::ClusterSize, 1, 1) __launch_bounds__(T::Thre
 struct Call {
   void const *inputs, *kept, *metadata, *bias, *adapter_inputs, *adapter_kept;
   void* outputs;
-  int64_t input_stride, kept_stride, tokens, out, in;
+  int64_t input_stride, kept_stride, adapter_stride, tokens, out, in;
   cudaStream_t stream;
   int32_t adapter_columns, group, variant, half;
 };
@@ -434,6 +434,7 @@ int launch(Call const& c) {
   constexpr int64_t kLargest = 1 << 30;
   if (c.tokens < 1 || c.out % 8 || c.in % 16 || c.adapter_columns % 16) return kShape;
   if (c.input_stride % 8 || c.kept_stride % 8 || c.kept_stride < c.in / 2) return kShape;
+  if (c.adapter_stride % 8 || c.adapter_stride < c.adapter_columns / 2) return kShape;
   if (c.tokens > kLargest || c.out > kLargest || c.in > kLargest || c.input_stride > kLargest) return kShape;
   if (encode_function() == nullptr) return kNoDriver;
   int processors = 0;
@@ -446,7 +447,7 @@ int launch(Call const& c) {
                  tensor_map<E>(&maps.outputs, c.outputs, c.tokens, c.out, c.out, T::StoreTokens, 64);
   int const width = c.adapter_columns;
   if (width)
-    encoded = encoded && tensor_map<E>(&maps.adapter_kept, c.adapter_kept, c.out, width / 2, width / 2, T::LoadRows, kBlockK / 2) &&
+    encoded = encoded && tensor_map<E>(&maps.adapter_kept, c.adapter_kept, c.out, width / 2, c.adapter_stride, T::LoadRows, kBlockK / 2) &&
               tensor_map<E>(&maps.adapter_inputs, c.adapter_inputs, c.tokens, width, width, T::LoadTokens, kBlockK);
   if (!encoded) return kTensorMap;
   constexpr int kClusterRows = T::Rows * T::ClusterRows, kClusterTokens = T::Tokens * T::ClusterTokens;

@@ -9,14 +9,21 @@ from sparse_ops import N, double_prune_mask, pack_bits, unpack_bits
 VARIANTS = 3
 
 
+def assert_rows_apart(matrix: Tensor) -> None:
+    """Its rows are packed, or apart where the kernels can read them."""
+    assert matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.stride(0) >= matrix.shape[1]
+    assert matrix.data_ptr() % 16 == 0
+
+
 def launch_sparse_mm(variant, group, x, kept, metadata, bias, adapter_x, adapter_kept, y) -> None:
     """Y = X W^T + (X L) R + bias, summed in float64 and rounded once."""
     assert 0 <= variant < VARIANTS and group >= 1
     columns, out = x.shape[-1], kept.shape[0]
     assert y.is_contiguous() and x.data_ptr() % 16 == 0
-    assert kept.stride(1) == 1 and kept.stride(0) % 8 == 0 and kept.stride(0) >= columns // 2
+    assert kept.shape[1] == columns // 2
+    assert_rows_apart(kept)
     if x.dim() == 2:
-        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= columns
+        assert_rows_apart(x)
     else:
         assert x.is_contiguous()
     x, y = x.reshape(-1, columns), y.view(-1, out)
@@ -26,7 +33,8 @@ def launch_sparse_mm(variant, group, x, kept, metadata, bias, adapter_x, adapter
     assert metadata.dtype == torch.int32 and metadata.shape == layout.metadata_shape(out, columns)
     total = x.double() @ layout.expand(kept, metadata, out, columns).double().t()
     if adapter_x is not None:
-        assert adapter_x.is_contiguous() and adapter_kept.is_contiguous() and adapter_x.shape[-1] % 16 == 0
+        assert adapter_x.is_contiguous() and adapter_x.shape[-1] % 16 == 0
+        assert_rows_apart(adapter_kept)
         adapter_x = adapter_x.view(-1, adapter_x.shape[-1])
         assert adapter_x.shape == (tokens, 2 * adapter_kept.shape[1]) and adapter_x.dtype == adapter_kept.dtype
         read = adapter_x.unflatten(-1, (-1, 4))[..., :2].flatten(-2)  # positions 0 and 1 of every group of 4
@@ -41,7 +49,8 @@ def launch_adapter_grads(grad_weight, left_rows, right_rows, grad_left, grad_rig
     """G^T R^T / r and (G L)^T / r, summed in float64."""
     out, columns = grad_weight.shape
     rank, width = grad_left.shape[1], len(left_rows) // 2
-    assert all(x.is_contiguous() for x in (grad_weight, left_rows, right_rows, grad_left, grad_right))
+    assert all(x.is_contiguous() for x in (grad_weight, left_rows, grad_left, grad_right))
+    assert_rows_apart(right_rows)
     assert grad_weight.dtype == left_rows.dtype == right_rows.dtype and grad_left.dtype == torch.float32
     assert left_rows.shape == (2 * width, columns) and right_rows.shape == (2 * width, out) and width % 16 == 0
     assert grad_left.shape == (columns, rank) and grad_right.shape == (rank, out)
@@ -65,7 +74,7 @@ def refresh_adapters(layers, dtype) -> None:
         rank = left.shape[1]
         for rows, kept, matrix in ((left_rows, left_kept, left), (right_rows, right_kept, right.t() / rank)):
             assert matrix.dtype == torch.float32 and rows.dtype == kept.dtype == dtype
-            assert rows.is_contiguous() and kept.is_contiguous() and rows.shape == (2 * kept.shape[1], len(kept))
+            assert rows.stride(1) == kept.stride(1) == 1 and rows.shape == (2 * kept.shape[1], len(kept))
             kept.zero_()[:, :rank].copy_(matrix)
             _at_spread_rows(rows.zero_()).copy_(kept.t().unflatten(0, (-1, 2)))
 

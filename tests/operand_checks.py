@@ -29,15 +29,15 @@ class OperandLibrary:
 
     def __init__(self, path: Path, device: str):
         self.device = torch.device(device)
-        self._library = ctypes.CDLL(str(path))
+        self.library = ctypes.CDLL(str(path))
         for name, types in _FUNCTIONS.items():
-            getattr(self._library, name).argtypes = [*types, _POINTER]
+            getattr(self.library, name).argtypes = [*types, _POINTER]
 
     def code(self, name: str, *arguments) -> int:
         """The error code of `slope_<name>`; a tensor stands for its address, None for null."""
         stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else None
         plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        return getattr(self._library, f"slope_{name}")(*plain, stream)
+        return getattr(self.library, f"slope_{name}")(*plain, stream)
 
     def call(self, name: str, *arguments) -> None:
         code = self.code(name, *arguments)

@@ -1,5 +1,5 @@
-// The kernels of kernels/operands.cu on the host: the same threads, one after the other, barrier by barrier. Built by
-// tests/test_kernel_layout.py. Same C interface as operands.cu; the stream is not looked
+// The kernels of kernels/operands.cu, and that of adapters.cu which makes operands, on the host: the same threads, one
+// after the other, barrier by barrier. Built by tests/test_kernel_layout.py. Same C interface; the stream is not looked
 // at, and fp16 is refused, since only the device knows its conversions.
 #include <memory>
 #include <vector>
@@ -65,6 +65,17 @@ void refresh_layer(const RefreshPointers& at, const RefreshEntry& entry, bool re
   }
 }
 
+void adapter_operands(const AdapterOperands& layer, bool is_right, int block) {
+  auto shared = std::make_unique<AdapterShared>();
+  memset(static_cast<void*>(shared.get()), 0xa5, sizeof *shared);
+  std::vector<AdapterThread<ToBfloat16>> threads;
+  for (int t = 0; t < kThreads; ++t) threads.emplace_back(layer, is_right, *shared, block, t);
+  for (int column = 0; column < layer.width; column += kTile) {
+    for (auto& thread : threads) thread.load(column);
+    for (auto& thread : threads) thread.store(column);
+  }
+}
+
 template <class Source, int kLogM, bool kWide>
 void gather(const GatherPointers& at, const Layer& layer) {
   constexpr int kRows = GatherThread<Source, kLogM, kWide>::kRows, kStep = 8;
@@ -103,6 +114,18 @@ int slope_forward_metadata(const uint16_t* mask, uint32_t* metadata, int64_t out
 int slope_refresh(const RefreshEntry* layers, int count, int dtype, int rechoose, void*) {
   if (dtype != 0) return 1;
   for (int i = 0; i < count; ++i) refresh_layer(layers[i].pointers(), layers[i], rechoose != 0);
+  return 0;
+}
+
+int slope_adapter_operands(const AdapterOperands* layers, int count, int half, void*) {
+  if (half) return 1;
+  for (int i = 0; i < count; ++i) {
+    if (!layers[i].rows_lie_apart()) return 1;
+    for (bool is_right : {false, true}) {
+      const int blocks = blocks_of_adapters(is_right ? layers[i].out : layers[i].in);
+      for (int block = 0; block < blocks; ++block) adapter_operands(layers[i], is_right, block);
+    }
+  }
   return 0;
 }
 

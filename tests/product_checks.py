@@ -8,9 +8,9 @@ from sparse_reference import MaskedDense
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import build
+from kernels import build, native
 from kernels.backends import CutlassOperands
-from kernels.ops import adapter_grads, gather, sparse_mm
+from kernels.ops import adapter_grads, adapter_width, gather, sparse_mm
 from sparse_ops import DenseOperands, N, OperandRefresh, SparseLinear, named_layers, nm_mask
 
 IN, OUT = 336, 272  # multiples of 16, the least that the kernels take, and of nothing more
@@ -239,15 +239,39 @@ def check_many_layers(device) -> None:
 
 
 def check_adapter_operands(layer: SparseLinear) -> None:
-    """All four are the parameters of now, with zeros in the columns that fill up."""
-    operands, rank = layer.operands, layer.lora_left.shape[1]
-    left, right = layer.lora_left.detach(), (layer.lora_right.detach().t().double() / rank).float()
-    for matrix, kept, rows in (
-        (left, operands.left_kept, operands.left_rows),
-        (right, operands.right_kept, operands.right_rows),
-    ):
+    """All four are the parameters of now."""
+    operands = layer.operands._adapters()
+    _check_adapters(layer.lora_left.detach(), layer.lora_right.detach(), *operands)
+    assert all(operand.is_contiguous() for operand in operands)
+
+
+def _check_adapters(left, right, left_rows, right_rows, left_kept, right_kept) -> None:
+    """The operands of L and R, with zeros in the columns that fill up."""
+    rank = left.shape[1]
+    scaled = (right.t().double() / rank).float()
+    for matrix, kept, rows in ((left, left_kept, left_rows), (scaled, right_kept, right_rows)):
         assert torch.equal(kept[:, :rank], matrix.to(kept.dtype)) and not kept[:, rank:].any()
-        assert torch.equal(rows, spread_columns(kept).t()) and rows.is_contiguous() and kept.is_contiguous()
+        assert torch.equal(rows, spread_columns(kept).t())
+
+
+def check_adapter_slices(device, dtype: torch.dtype) -> None:
+    """One refresh of more layers than a launch holds writes each operand between others, and nothing else."""
+    layers, around = [], []
+    for seed, (columns, out, rank) in enumerate([(48, 80, 4), (336, 272, 24), (64, 64, 72), (16, 128, 64)] * 13):
+        width = adapter_width(rank)
+        operands = []
+        for rows, size in ((2 * width, columns), (2 * width, out), (columns, width), (out, width)):
+            wide = torch.full((rows + 3, size + 8 * (1 + len(operands))), float("nan"), dtype=dtype, device=device)
+            operands.append(wide[2 : 2 + rows, 8 : 8 + size])
+            around.append((wide, operands[-1]))
+        sides = [normal(device, *shape, seed=seed) for shape in ((columns, rank), (rank, out))]
+        layers.append((*sides, *operands))
+    native.refresh_adapters(layers, dtype)
+    for layer in layers:
+        _check_adapters(*layer)
+    for wide, written in around:
+        written.fill_(float("nan"))
+        assert wide.isnan().all(), "what lies beside an operand was written"
 
 
 def check_second_choice(device, m: int) -> None:

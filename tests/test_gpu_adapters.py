@@ -10,7 +10,15 @@ from functools import partial
 
 import pytest
 import torch
-from product_checks import HALF_DTYPES, Poisoned, check_adapter_operands, make_layer, spread_columns, unavailable
+from product_checks import (
+    HALF_DTYPES,
+    Poisoned,
+    check_adapter_operands,
+    check_adapter_slices,
+    make_layer,
+    spread_columns,
+    unavailable,
+)
 from product_checks import normal as normal_on
 from torch import nn
 
@@ -34,7 +42,8 @@ def kernels() -> None:
 @half_dtypes
 @pytest.mark.parametrize("rank", [1, 4, 16, 24, 64, 72, 128, 200])
 @pytest.mark.parametrize(("out", "columns"), [(16, 16), (272, 336), (1024, 1024), (48, 4096), (4096, 48)])
-def test_gradients_of_adapters(out, columns, rank, dtype):
+@pytest.mark.parametrize("lies_apart", [False, True])
+def test_gradients_of_adapters(lies_apart, out, columns, rank, dtype):
     width = adapter_width(rank)
     weight, left, right = (
         normal(*shape, seed=seed, dtype=dtype)
@@ -43,6 +52,9 @@ def test_gradients_of_adapters(out, columns, rank, dtype):
     for side in (left, right):  # what the columns up to the width hold is not looked at
         side[:, rank:] = float("nan")
     rows = [spread_columns(side).t().contiguous() for side in (left, right)]
+    if lies_apart:
+        wide = torch.full((2 * width, out + 24), float("nan"), dtype=dtype, device="cuda")
+        rows[1] = wide[:, 8 : 8 + out].copy_(rows[1])
     found = [Poisoned("cuda", *shape, dtype=torch.float32) for shape in ((columns, rank), (rank, out))]
     native.launch_adapter_grads(weight, *rows, *(side.matrix for side in found))
 
@@ -87,3 +99,8 @@ def test_operands_of_many_layers_follow_their_adapters(dtype):
     OperandRefresh(model).after_step()
     for layer in model:
         check_adapter_operands(layer)
+
+
+@half_dtypes
+def test_operands_that_are_slices_are_written_in_their_places(dtype):
+    check_adapter_slices("cuda", dtype)

@@ -14,7 +14,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from joint_checks import assert_same, each_alone, results_of, sparse_layers, together
+from joint_checks import (
+    add_random_adapters,
+    assert_joint_is_as_exact_as_apart,
+    assert_same,
+    each_alone,
+    results_of,
+    sparse_layers,
+    together,
+)
 from product_checks import (
     HALF_DTYPES,
     IN,
@@ -92,7 +100,8 @@ class Product:
         self.kept, self.metadata = layout.compress(weight, mask)
         self.bias = normal(out, seed=4)
         self.adapters = {
-            rank: (normal(tokens, rank, seed=5, dtype=dtype), normal(out, rank, seed=6, dtype=dtype)) for rank in RANKS
+            rank: (normal(tokens, rank, seed=5, dtype=dtype), apart("cuda", out, rank, seed=6, dtype=dtype))
+            for rank in RANKS
         }
         x, weight = self.x.double(), torch.where(mask, weight, 0).double()
         self.exact, self.magnitude = x @ weight.t(), x.abs() @ weight.abs().t()
@@ -265,18 +274,31 @@ def test_ddp_averages_the_gradients_of_the_values(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ joint products
+@pytest.mark.parametrize("rank", [0, 4, 16, 24, 64])
 @pytest.mark.parametrize("m", [4, 8])
-def test_layers_of_one_input_are_one_product(m):
-    layers = sparse_layers(m, device="cuda")
+def test_layers_of_one_input_are_one_product(m, rank):
+    layers = sparse_layers(m, rank=rank, device="cuda")
     expected = results_of(layers, each_alone)
     assert join(layers, [40])
     for product in (each_alone, together):
         assert_same(results_of(layers, product), expected)
+    assert_joint_is_as_exact_as_apart(layers)
     with torch.no_grad():
         for layer in layers:
             layer.values.mul_(torch.linspace(-1, 2, layer.values.numel(), device="cuda").view_as(layer.values))
             layer.refresh(rechoose=True)
     assert_same(results_of(layers, together), results_of([on_dense(layer) for layer in layers], each_alone))
+
+
+def test_adapters_join_the_one_product():
+    layers, others = sparse_layers(device="cuda"), sparse_layers(device="cuda")
+    assert join(layers, [40])
+    for each in (layers, others):
+        for seed, layer in enumerate(each):
+            add_random_adapters(layer, 16, seed)
+    assert layers[0].operands.joint.left_rows is not None
+    for product in (each_alone, together):
+        assert_same(results_of(layers, product), results_of(others, each_alone))
 
 
 # ---------------------------------------------------------------------------------------------------------- host time

@@ -174,6 +174,41 @@ def test_at_the_size_of_bert_large_gradients_are_those_of_the_plain_path(precisi
         assert_same_gradients(found, expected, **bounds)
 
 
+def give_random_adapters(run: PretrainingRun) -> None:
+    """R is 0 when adapters join, and so is the gradient of L."""
+    run.engine.join_adapters(8, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in named_layers(run.engine.model):
+        with torch.no_grad():
+            layer.lora_right.copy_(0.1 * torch.randn(layer.lora_right.shape, generator=generator))
+        layer.refresh(rechoose=False)
+
+
+def join_of_last_block(run: PretrainingRun):
+    return run.engine.model.bert.encoder.layer[-1].attention.self.query.operands.joint
+
+
+def test_with_adapters_gradients_are_those_of_the_plain_path_with_query_key_and_value_in_one_product():
+    """In the middle of a run, whose graphs without adapters were captured before."""
+    plain, fast = begun(SLOPE), begun(SLOPE, **FAST)
+    for run in (plain, fast):
+        gradients_of(run)
+        give_random_adapters(run)
+    assert join_of_last_block(plain) is None and join_of_last_block(fast).left_rows is not None
+    for seed in (0, 1, 0):
+        expected_losses, expected = gradients_of(plain, seed)
+        losses, found = gradients_of(fast, seed)
+        assert losses == pytest.approx(expected_losses, rel=5e-3)
+        assert_same_gradients(found, expected, bound=0.03)
+
+
+def test_adapters_that_are_there_from_the_start_are_in_the_one_product():
+    run = begun(SparsityConfig(pruned_matrix="static-weight", lora_rank=8), **FAST)
+    assert join_of_last_block(run).left_rows is not None
+    found = gradients_of(run)[1]
+    assert all(gradient.any() for name, gradient in found.items() if name.endswith("lora_right"))
+
+
 def test_training_goes_as_on_the_plain_path_through_the_adapters_switch():
     runs = [begun(SLOPE), begun(SLOPE, **FAST)]
     losses = []

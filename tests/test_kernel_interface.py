@@ -15,12 +15,12 @@ from kernels import build, native
 FIELDS = {  # of the struct that each function takes
     "slope_sparse_gemm": (
         *("inputs", "kept", "metadata", "bias", "adapter_inputs", "adapter_kept", "outputs"),
-        *("input_stride", "kept_stride", "tokens", "out", "in", "stream"),
+        *("input_stride", "kept_stride", "adapter_stride", "tokens", "out", "in", "stream"),
         *("adapter_columns", "group", "variant", "half"),
     ),
     "slope_adapter_grads": (
         *("grad_weight", "left_rows", "right_rows", "grad_left", "grad_right"),
-        *("out", "in", "stream", "width", "rank", "half"),
+        *("out", "in", "stream", "width", "rank", "half", "right_stride"),
     ),
     "slope_refresh": (
         *("values", "mask_bits", "forward", "metadata", "second_kept", "backward"),
@@ -29,13 +29,14 @@ FIELDS = {  # of the struct that each function takes
     "slope_adapter_operands": (
         *("left", "right", "left_rows", "right_rows", "left_kept", "right_kept"),
         *("in", "out", "rank", "width"),
+        *("left_rows_stride", "right_rows_stride", "left_kept_stride", "right_kept_stride"),
     ),
 }
 STRUCTS = {
     "slope_sparse_gemm": ("sparse_gemm.cuh", "Call"),
     "slope_adapter_grads": ("adapters.cu", "AdapterGradsCall"),
     "slope_refresh": ("operand_threads.cuh", "RefreshEntry"),
-    "slope_adapter_operands": ("adapters.cu", "AdapterOperands"),
+    "slope_adapter_operands": ("operand_threads.cuh", "AdapterOperands"),
 }
 SEVERAL = {"slope_refresh": ", int count, int dtype, int rechoose, void* stream",
            "slope_adapter_operands": ", int count, int dtype, void* stream"}  # fmt: skip
@@ -99,7 +100,8 @@ def test_every_argument_of_a_product_arrives_in_its_field(told):
     native.launch_sparse_mm(2, 16, *tensors)
     assert told("slope_sparse_gemm") == {
         **dict(zip(FIELDS["slope_sparse_gemm"], addresses(*tensors), strict=False)),
-        **{"input_stride": 48, "kept_stride": 24, "tokens": 15, "out": 32, "in": 48, "stream": STREAM},
+        **{"input_stride": 48, "kept_stride": 24, "adapter_stride": 8},
+        **{"tokens": 15, "out": 32, "in": 48, "stream": STREAM},
         **{"adapter_columns": 16, "group": 16, "variant": 2, "half": 1},
     }
 
@@ -107,10 +109,17 @@ def test_every_argument_of_a_product_arrives_in_its_field(told):
 def test_what_is_not_there_is_null_and_rows_may_be_apart(told):
     x = torch.zeros(7, 64, dtype=torch.bfloat16)[:, :48]
     kept, metadata = torch.zeros(32, 40, dtype=torch.bfloat16)[:, 8:32], torch.zeros(8, dtype=torch.int32)
-    native.launch_sparse_mm(0, 1, x, kept, metadata, None, None, None, torch.zeros(7, 32, dtype=torch.bfloat16))
+    y = torch.zeros(7, 32, dtype=torch.bfloat16)
+    native.launch_sparse_mm(0, 1, x, kept, metadata, None, None, None, y)
     found = told("slope_sparse_gemm")
-    assert [found[name] for name in ("bias", "adapter_inputs", "adapter_kept", "adapter_columns", "half")] == [0] * 5
+    absent = ("bias", "adapter_inputs", "adapter_kept", "adapter_stride", "adapter_columns", "half")
+    assert [found[name] for name in absent] == [0] * 6
     assert (found["input_stride"], found["kept_stride"], found["tokens"]) == (64, 40, 7)
+    adapter_x, adapter_kept = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((7, 16), (32, 24)))
+    native.launch_sparse_mm(0, 1, x, kept, metadata, None, adapter_x, adapter_kept[:, 8:16], y)
+    found = told("slope_sparse_gemm")
+    assert (found["adapter_stride"], found["adapter_columns"]) == (24, 16)
+    assert found["adapter_kept"] == adapter_kept.data_ptr() + 16
 
 
 def test_every_argument_of_the_adapters_gradients_arrives_in_its_field(told):
@@ -120,7 +129,13 @@ def test_every_argument_of_the_adapters_gradients_arrives_in_its_field(told):
     left, right = torch.zeros(48, 20), torch.zeros(20, 32)
     tensors = (weight, left_rows, right_rows, left, right)
     native.launch_adapter_grads(*tensors)
-    assert list(told("slope_adapter_grads").values()) == [*addresses(*tensors), 32, 48, STREAM, 32, 20, 1]
+    assert list(told("slope_adapter_grads").values()) == [*addresses(*tensors), 32, 48, STREAM, 32, 20, 1, 32]
+    apart = torch.zeros(64, 96, dtype=torch.float16)[:, 40:72]
+    native.launch_adapter_grads(weight, left_rows, apart, left, right)
+    assert (told("slope_adapter_grads")["right_rows"], told("slope_adapter_grads")["right_stride"]) == (
+        apart.data_ptr(),
+        96,
+    )
 
 
 def test_every_layer_of_a_refresh_arrives(told, echo):
@@ -142,6 +157,8 @@ def test_the_adapters_of_every_layer_arrive(told, echo):
     for columns, out, rank, width in ((48, 32, 20, 32), (16, 64, 4, 16)):
         shapes = ((columns, rank), (rank, out), (2 * width, columns), (2 * width, out), (columns, width), (out, width))
         layers.append([torch.zeros(shape) for shape in shapes])
+    layers[1][2:] = [torch.zeros(len(x), x.shape[1] + 8 * i)[:, : x.shape[1]] for i, x in enumerate(layers[1][2:], 1)]
     native.refresh_adapters(layers, torch.bfloat16)
-    expected = [*addresses(*layers[0]), 48, 32, 20, 32, *addresses(*layers[1]), 16, 64, 4, 16]
+    expected = [*addresses(*layers[0]), 48, 32, 20, 32, 48, 32, 32, 32]
+    expected += [*addresses(*layers[1]), 16, 64, 4, 16, 24, 80, 40, 48]
     assert echo.what()[: len(expected) + 3] == [*expected, 2, 0, STREAM]

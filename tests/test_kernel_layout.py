@@ -20,8 +20,9 @@ from operand_checks import (
     sizes_for,
 )
 from pretraining_runs import ROOT
+from product_checks import check_adapter_slices
 
-from kernels import layout
+from kernels import layout, native
 from sparse_ops import nm_mask
 
 KINDS = ("random", "ties", "zeros")
@@ -81,7 +82,7 @@ def test_three_of_a_group_are_refused():
 # ------------------------------------------------------------------------------------------------- the kernels' threads
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> OperandLibrary:
-    """The threads of kernels/operands.cu, compiled for this host."""
+    """The threads of kernels/operands.cu, and of adapters.cu's operands, compiled for this host."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, and this machine has none")
@@ -121,6 +122,14 @@ def test_a_choice_leaves_and_returns(library, out, inp, m, kind):
 @pytest.mark.parametrize("m", PATTERNS)
 def test_a_forward_operand_is_optional(library, m):
     check_without_forward(library, make_case(*sizes_for(m)[1], m, "random", "cpu"))
+
+
+def test_threads_make_the_operands_of_adapters_and_nothing_beside_them(library, monkeypatch):
+    host = library.library.slope_adapter_operands
+    host.argtypes = native._SIGNATURES["adapters"]["slope_adapter_operands"]
+    monkeypatch.setattr(native, "_function", lambda *_: host)
+    monkeypatch.setattr(native, "_enter", lambda tensor: None)
+    check_adapter_slices("cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("slack", [0, 8, 3])

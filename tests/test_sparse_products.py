@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from product_checks import (
     IN,
+    OUT,
     check_checkpointed,
     check_compiled,
     check_compiled_for_any_tokens,
@@ -237,6 +238,22 @@ def test_operator_refuses_other_dtypes(emulated):
     for dtype in (FP32, FP16):
         with pytest.raises(RuntimeError, match="must be both bfloat16 or both float16"):
             ops.sparse_mm(normal("cpu", 8, IN, seed=0, dtype=dtype), at.kept, at.metadata, None, None, None)
+
+
+def test_operators_refuse_adapters_whose_rows_no_kernel_reads(emulated):
+    at, weight = on_cutlass(make_layer("cpu", rank=8)).operands, torch.zeros(OUT, IN, dtype=BF16)
+    x = normal("cpu", 8, IN, seed=0, dtype=BF16)
+    x_left = x @ at.left_rows.t()
+
+    def columns_apart(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.repeat_interleave(2, 1)[:, ::2]
+
+    for adapters in ((columns_apart(x_left), at.right_kept), (x_left, columns_apart(at.right_kept))):
+        with pytest.raises(RuntimeError, match="adapter_x must be contiguous, and so must each row of adapter_kept"):
+            ops.sparse_mm(x, at.kept, at.metadata, None, *adapters)
+    for rows in ((columns_apart(at.left_rows), at.right_rows), (at.left_rows, columns_apart(at.right_rows))):
+        with pytest.raises(RuntimeError, match="left_rows must be contiguous, and so must each row of right_rows"):
+            ops.adapter_grads(weight, *rows, 8)
 
 
 def test_compiled_stack_is_one_graph_and_reads_refreshed_operands(emulated):
