@@ -22,7 +22,7 @@ PROGRAMS_OF_PROCESSOR = 4
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
-def _normal_distribution(x):
+def normal_distribution(x):
     """Phi(x) and phi(x), as `dense_parts._normal_distribution`."""
     t = 1 / (1 + 0.23164188 * tl.abs(x))
     polynomial = 1.061405429 * t
@@ -59,7 +59,7 @@ def _gelu_backward(
         there = (rows < tokens)[:, None] & inside[None, :]
         exact = tl.load(x + places, mask=there, other=0.0).to(tl.float32) + added
         grad = tl.load(grad_y + places, mask=there, other=0.0).to(tl.float32)
-        below, density = _normal_distribution(exact)
+        below, density = normal_distribution(exact)
         grad = grad * (below + exact * density)
         tl.store(grad_x + places, grad.to(grad_x.dtype.element_ty), mask=there)
         total += tl.sum(grad, 0)
@@ -130,17 +130,17 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _division(tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """Programs for each block of columns, and the tokens that each takes, a multiple of `ROWS`."""
+def division(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple[int, int]:
+    """Programs for each block of columns, and the tokens that each takes, a multiple of `rows`."""
     programs = max(1, PROGRAMS_OF_PROCESSOR * _processors(device) // blocks)
-    each = max(1, math.ceil(tokens / (programs * ROWS))) * ROWS
+    each = max(1, math.ceil(tokens / (programs * rows))) * rows
     return max(1, math.ceil(tokens / each)), each
 
 
 def _bias_gelu_backward(grad_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
     tokens, blocks = x.numel() // columns, math.ceil(columns / COLUMNS_OF_PROGRAM)
-    programs, each = _division(tokens, blocks, x.device)
+    programs, each = division(tokens, blocks, ROWS, x.device)
     grad_x, shares = x.new_empty(x.shape), bias.new_empty(programs, columns)
     inputs = (grad_y.contiguous(), x.contiguous(), bias, grad_x, shares, tokens, each)
     with torch.cuda.device_of(x):
@@ -161,7 +161,7 @@ def _dropout_add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = total.shape[-1]
     tokens = total.numel() // hidden
-    programs, each = _division(tokens, 1, total.device)
+    programs, each = division(tokens, 1, ROWS, total.device)
     grad_y, grad_residual = total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype)
     shares = weight.new_empty(programs, 3, hidden)
     inputs = (grad_out.contiguous(), grad_skip if grad_skip is None else grad_skip.contiguous(), total.contiguous())
