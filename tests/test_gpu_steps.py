@@ -6,6 +6,7 @@ import pytest
 import torch
 from product_checks import unavailable
 
+import modeling
 from data.packing import pack_step
 from modeling import BertConfig, BertForPreTraining
 from sparse_ops import named_layers
@@ -172,6 +173,26 @@ def test_at_the_size_of_bert_large_gradients_are_those_of_the_plain_path(precisi
         losses, found = gradients_of(fast, seed)
         assert losses == pytest.approx(expected_losses, rel=5e-3 if precision == "bf16" else 1e-5)
         assert_same_gradients(found, expected, **bounds)
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_with_adapters_gradients_are_those_of_the_plain_path(rank, monkeypatch):
+    plain, fast = begun(SLOPE), begun(SLOPE, **FAST)
+    for run in (plain, fast):
+        run.engine.join_adapters(rank, seed=3)
+        generator = torch.Generator("cuda").manual_seed(4)
+        for _, layer in named_layers(run.engine.model):
+            with torch.no_grad():
+                layer.lora_right.normal_(std=0.02, generator=generator)
+            layer.refresh(rechoose=False)
+    taken, narrow = [], modeling.feed_forward
+    monkeypatch.setattr(modeling, "feed_forward", lambda *given: taken.append(1) or narrow(*given))
+    for seed in (0, 1):
+        expected_losses, expected = gradients_of(plain, seed)
+        losses, found = gradients_of(fast, seed)
+        assert losses == pytest.approx(expected_losses, rel=5e-3)
+        assert_same_gradients(found, expected, bound=0.03)
+    assert taken, "the feed-forward network did not run as one function"
 
 
 def test_training_goes_as_on_the_plain_path_through_the_adapters_switch():
