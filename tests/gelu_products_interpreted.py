@@ -26,6 +26,7 @@ from gelu_products_checks import (
     check_equal_bits_and_other_layouts,
     check_feed_forward,
     check_kernels,
+    check_operators,
     layers_of,
 )
 
@@ -43,6 +44,10 @@ def test_gelu_its_gradients_and_narrow_products(tokens, columns, width, dtype):
 
 def test_equal_bits_and_other_layouts():
     check_equal_bits_and_other_layouts("cpu", torch.float16)
+
+
+def test_operators_keep_the_rules_of_torch_library():
+    check_operators("cpu", torch.float16)
 
 
 @pytest.fixture
