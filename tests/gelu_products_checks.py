@@ -55,6 +55,14 @@ def check_equal_bits_and_other_layouts(device, dtype) -> None:
     assert all(map(torch.equal, laid_out, first))
 
 
+def check_operators(device, dtype) -> None:
+    """The rules of torch.library: schema, fake kernels, tracing with dynamic shapes."""
+    grad, *given = sample(device, dtype, 20, 80, 16)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(bias_gelu_narrow, given, test_utils=checks)
+    torch.library.opcheck(bias_gelu_narrow_backward, (grad, *given), test_utils=checks)
+
+
 # ----------------------------------------------------------------------------------------------------- the whole of it
 INNER, OUTER = 272, 112
 

@@ -14,6 +14,7 @@ if torch.cuda.is_available():  # they import Triton
         check_equal_bits_and_other_layouts,
         check_feed_forward,
         check_kernels,
+        check_operators,
         layers_of,
         results_of,
     )
@@ -38,6 +39,7 @@ def test_gelu_its_gradients_and_narrow_products(tokens, columns, width, dtype):
 @half_dtypes
 def test_equal_bits_and_other_layouts(dtype):
     check_equal_bits_and_other_layouts("cuda", dtype)
+    check_operators("cuda", dtype)
 
 
 @half_dtypes

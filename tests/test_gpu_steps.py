@@ -6,6 +6,7 @@ import pytest
 import torch
 from product_checks import unavailable
 
+import modeling
 from data.packing import pack_step
 from modeling import BertConfig, BertForPreTraining
 from sparse_ops import named_layers
@@ -174,13 +175,13 @@ def test_at_the_size_of_bert_large_gradients_are_those_of_the_plain_path(precisi
         assert_same_gradients(found, expected, **bounds)
 
 
-def give_random_adapters(run: PretrainingRun) -> None:
+def give_random_adapters(run: PretrainingRun, rank: int) -> None:
     """R is 0 when adapters join, and so is the gradient of L."""
-    run.engine.join_adapters(8, seed=3)
-    generator = torch.Generator().manual_seed(0)
+    run.engine.join_adapters(rank, seed=3)
+    generator = torch.Generator("cuda").manual_seed(4)
     for _, layer in named_layers(run.engine.model):
         with torch.no_grad():
-            layer.lora_right.copy_(0.1 * torch.randn(layer.lora_right.shape, generator=generator))
+            layer.lora_right.normal_(std=0.02, generator=generator)
         layer.refresh(rechoose=False)
 
 
@@ -188,18 +189,22 @@ def join_of_last_block(run: PretrainingRun):
     return run.engine.model.bert.encoder.layer[-1].attention.self.query.operands.joint
 
 
-def test_with_adapters_gradients_are_those_of_the_plain_path_with_query_key_and_value_in_one_product():
+@pytest.mark.parametrize("rank", [8, 64])
+def test_with_adapters_gradients_are_those_of_the_plain_path(rank, monkeypatch):
     """In the middle of a run, whose graphs without adapters were captured before."""
     plain, fast = begun(SLOPE), begun(SLOPE, **FAST)
     for run in (plain, fast):
         gradients_of(run)
-        give_random_adapters(run)
+        give_random_adapters(run, rank)
     assert join_of_last_block(plain) is None and join_of_last_block(fast).left_rows is not None
+    taken, narrow = [], modeling.feed_forward
+    monkeypatch.setattr(modeling, "feed_forward", lambda *given: taken.append(1) or narrow(*given))
     for seed in (0, 1, 0):
         expected_losses, expected = gradients_of(plain, seed)
         losses, found = gradients_of(fast, seed)
         assert losses == pytest.approx(expected_losses, rel=5e-3)
         assert_same_gradients(found, expected, bound=0.03)
+    assert taken, "the feed-forward network did not run as one function"
 
 
 def test_adapters_that_are_there_from_the_start_are_in_the_one_product():
