@@ -509,13 +509,12 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let Triton run the backward passes of the dense parts of the compiled blocks, on a GPU, and where both layers of
-    a feed-forward network have adapters, GELU too.
+    """Let Triton run GELU and the backward passes of the dense parts of the compiled blocks, on a GPU.
 
     Raises:
         KernelsUnavailable: there is no Triton, or another one.
     """
-    for name in ("dense_backward", "gelu_products"):
+    for name in ("dense_kernels", "gelu_products"):
         importlib.import_module(f"kernels.{name}")  # only here, as CPU builds of torch lack Triton
     for module in model.bert.encoder.modules():
         if isinstance(module, (BertResidualOutput, BertIntermediate)):

@@ -41,6 +41,8 @@ class _BiasGelu(torch.autograd.Function):
     def forward(ctx, x, bias, kernels):
         ctx.save_for_backward(x, bias)
         ctx.kernels = kernels
+        if kernels:
+            return torch.ops.slope.bias_gelu(x, bias)
         exact = x.float() + bias
         return _output(exact * _normal_distribution(exact)[0], x.dtype)
 
@@ -65,7 +67,7 @@ def bias_gelu(x: Tensor, bias: Tensor, kernels: bool = False) -> Tensor:
 
     Args:
         bias: fp32 [H]; added here and not in the product before, so that its gradient needs no pass of its own.
-        kernels: run the backward pass by kernels/dense_backward.py, which the caller has imported.
+        kernels: run it, and its backward pass, by kernels/dense_kernels.py, which the caller has imported.
 
     Returns:
         Within 1e-6 max(1, |x + bias|) of `F.gelu(x + bias)` before it is rounded to x's dtype.
@@ -170,7 +172,7 @@ def dropout_add_layer_norm(
     Args:
         twice: return the result twice, for a product and a residual sum that both read it: their gradients then come
             apart, and the backward pass adds them up as it reads them.
-        kernels: as in `bias_gelu`.
+        kernels: run the backward pass by kernels/dense_kernels.py.
     """
     seed = dropout_seed(y) if probability else None
     return _DropoutAddLayerNorm.apply(y, y_bias, residual, weight, bias, seed, probability, eps, twice, kernels)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.build import KernelsUnavailable
-from kernels.dense_backward import division, normal_distribution
+from kernels.dense_kernels import division, normal_distribution
 from kernels.triton_parts import sum_of_shares, triton
 
 try:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from attention_checks import poisoned_memory
-from dense_backward_checks import assert_near
+from dense_kernels_checks import assert_near
 from product_checks import ROUNDING, SUMMING, make_layer, normal, on_cutlass, spread_columns
 from torch import Tensor, nn
 

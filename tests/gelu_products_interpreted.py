@@ -1,5 +1,5 @@
 """kernels/gelu_products.py's arithmetic in Triton's interpreter, with stand-ins for Gluon, and kernels/feed_forward.py
-on it and on stand-ins for the 2:4 products; run as tests/dense_backward_interpreted.py is."""
+on it and on stand-ins for the 2:4 products; run as tests/dense_kernels_interpreted.py is."""
 
 from dataclasses import replace
 

@@ -19,7 +19,7 @@ SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 HEADS = {"hidden_size": 96, "num_attention_heads": 3}
 
 
-@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_backward", "gelu_products"])
+@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_kernels", "gelu_products"])
 def test_the_kernels_in_tritons_interpreter(kernels):
     run_interpreted(f"{kernels}_interpreted.py")
 
@@ -141,7 +141,7 @@ def test_without_triton_that_is_the_reason(kernel, triton, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in (
         "short_attention",
-        "dense_backward",
+        "dense_kernels",
         "gelu_products",
         "triton_parts",
     ):  # not LAMB's, which has checked the device

@@ -76,10 +76,10 @@ def _unavailable(module: str, world: World) -> str:
 
 
 def obstacle_to_dense_kernels(compiled: bool, world: World) -> str:
-    """Why kernels/dense_backward.py and kernels/gelu_products.py cannot run, or nothing."""
+    """Why kernels/dense_kernels.py and kernels/gelu_products.py cannot run, or nothing."""
     if not compiled:
         return "cannot run without a GPU's compiled blocks"
-    return _unavailable("dense_backward", world) or _unavailable("gelu_products", world)
+    return _unavailable("dense_kernels", world) or _unavailable("gelu_products", world)
 
 
 def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int, world: World) -> str:

@@ -146,7 +146,8 @@ def add_block_flags(group) -> None:
         const="True",
         default="auto",
         choices=("auto", "True", "False"),
-        help="backward passes of GELU, dropout and LayerNorm by kernels of ours; auto: in a GPU's compiled blocks",
+        help="GELU, and the backward passes of dropout and LayerNorm, by kernels of ours; auto: in a GPU's compiled "
+        "blocks",
     )
 
 

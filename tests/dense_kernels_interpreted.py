@@ -1,13 +1,13 @@
-"""kernels/dense_backward.py in Triton's interpreter, which runs the kernels on CPU tensors: checks as on a GPU.
+"""kernels/dense_kernels.py in Triton's interpreter, which runs the kernels on CPU tensors: checks as on a GPU.
 
-TRITON_INTERPRET=1 python -m pytest tests/dense_backward_interpreted.py    # as tests/test_block_kernels.py does
+TRITON_INTERPRET=1 python -m pytest tests/dense_kernels_interpreted.py    # as tests/test_block_kernels.py does
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from dense_backward_checks import check_equal_bits, check_gelu, check_norm, check_other_layouts
+from dense_kernels_checks import check_equal_bits, check_gelu, check_norm, check_other_layouts
 from test_compiled_parts import CONFIG, LENGTHS, batch_of, check_results, results_of
 
 from modeling import BertForPreTraining, compiled_parts, use_kernels

@@ -1,4 +1,4 @@
-"""kernels/dense_backward.py on a GPU: against float64, and as a CUDA graph; in compiled blocks, test_gpu_steps.py."""
+"""kernels/dense_kernels.py on a GPU: against float64, and as a CUDA graph; in compiled blocks, test_gpu_steps.py."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 if torch.cuda.is_available():  # they import Triton
-    from dense_backward_checks import (
+    from dense_kernels_checks import (
         check_equal_bits,
         check_gelu,
         check_norm,

@@ -1,11 +1,11 @@
-"""What kernels/dense_backward.py must do on any device that runs it, against kernels/dense_parts.py and float64."""
+"""What kernels/dense_kernels.py must do on any device that runs it, against kernels/dense_parts.py and float64."""
 
 import torch
 import torch.nn.functional as F
 from attention_checks import poisoned_memory
 from torch import Tensor
 
-import kernels.dense_backward  # noqa: F401 - the operators
+import kernels.dense_kernels  # noqa: F401 - the operators
 from kernels.dense_parts import bias_gelu, dropout_add_layer_norm, dropout_seed, kept_by_dropout
 
 
@@ -37,6 +37,13 @@ def check_gelu(device, dtype, tokens: int, columns: int) -> None:
     x, grad = (normal(device, tokens, columns, seed=seed, dtype=dtype) for seed in range(2))
     x[0] *= 8  # its tails, too
     bias = normal(device, columns, seed=2)
+    with poisoned_memory():
+        y = bias_gelu(x, bias, kernels=True)
+    exact = x.double() + bias
+    error = (y.double() - F.gelu(exact)).abs()
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps * F.gelu(exact).abs()
+    assert y.dtype == dtype and y.shape == x.shape
+    assert (error <= 1e-6 * exact.abs().clamp(min=1) + rounding).all(), f"{error.max():.1e}"
     found = gradients(lambda *given: bias_gelu(*given, kernels=True), [x, bias], [grad])
     right = gradients(lambda x, bias: F.gelu(x + bias), [x.double(), bias.double()], [grad.double()])
     assert [ours.dtype for ours in found] == [dtype, torch.float32]

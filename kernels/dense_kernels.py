@@ -1,8 +1,9 @@
-"""Backward passes of the dense parts of a block (kernels/dense_parts.py) in Triton: each number is read once.
+"""GELU, and the backward passes of the dense parts of a block (kernels/dense_parts.py), in Triton.
 
 The compiler sums a bias's gradient in a pass of its own over what it has just written. Here a program takes the same
 columns of many tokens, and adds them up on its way; the programs' shares are added up after that. No atomics: equal
-inputs give equal bits. The formulas are those of kernels/dense_parts.py.
+inputs give equal bits. The formulas are those of kernels/dense_parts.py. GELU takes so many instructions a number that
+they, and not memory, would bound it, so they are counted here: a quotient and an exponential are one each.
 """
 # ruff: noqa: N803 - Triton's spelling of compile-time arguments
 
@@ -12,11 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.triton_parts import kept_by_dropout, settings, sum_of_shares, tl, triton
+from kernels.triton_parts import exp2, kept_by_dropout, reciprocal, settings, sum_of_shares, tl, triton
 
 COLUMNS_OF_PROGRAM = 1024  # of GELU's: 8 numbers a thread and row
 WARPS = 4
 ROWS = 4  # tokens at a time: what a thread loads before it waits
+ROWS_OF_NORM = 2  # registers for PROGRAMS_OF_PROCESSOR at a time; with more, some would wait for others to end
 PROGRAMS_OF_PROCESSOR = 4
 
 
@@ -24,15 +26,28 @@ PROGRAMS_OF_PROCESSOR = 4
 @triton.jit
 def normal_distribution(x):
     """Phi(x) and phi(x), as `dense_parts._normal_distribution`."""
-    t = 1 / (1 + 0.23164188 * tl.abs(x))
-    polynomial = 1.061405429 * t
-    polynomial = (polynomial - 1.453152027) * t
-    polynomial = (polynomial + 1.421413741) * t
-    polynomial = (polynomial - 0.284496736) * t
-    polynomial = (polynomial + 0.254829592) * t
-    bell = tl.exp(-0.5 * x * x)
-    tail = 0.5 * polynomial * bell
+    t = reciprocal(1 + 0.23164188 * tl.abs(x))
+    polynomial = 0.5307027145 * t  # half of the formula's coefficients
+    polynomial = (polynomial - 0.7265760135) * t
+    polynomial = (polynomial + 0.7107068705) * t
+    polynomial = (polynomial - 0.142248368) * t
+    polynomial = (polynomial + 0.127414796) * t
+    bell = exp2(x * x * -0.7213475204444817)  # e^(-x²/2)
+    tail = polynomial * bell
     return tl.where(x >= 0, 1 - tail, tail), bell * 0.3989422804014327
+
+
+@triton.jit
+def _gelu(x, bias, y, tokens, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < COLUMNS
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    places = rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
+    there = (rows < tokens)[:, None] & inside[None, :]
+    exact = tl.load(x + places, mask=there, other=0.0).to(tl.float32)
+    exact += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
+    below, _ = normal_distribution(exact)
+    tl.store(y + places, (exact * below).to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -137,6 +152,15 @@ def division(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple
     return max(1, math.ceil(tokens / each)), each
 
 
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    columns, y = x.shape[-1], x.new_empty(x.shape)
+    tokens = x.numel() // columns
+    programs = (max(1, math.ceil(tokens / ROWS)), math.ceil(columns / COLUMNS_OF_PROGRAM))
+    with torch.cuda.device_of(x):
+        _gelu[programs](x.contiguous(), bias, y, tokens, columns, COLUMNS_OF_PROGRAM, ROWS, num_warps=WARPS)
+    return y
+
+
 def _bias_gelu_backward(grad_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
     tokens, blocks = x.numel() // columns, math.ceil(columns / COLUMNS_OF_PROGRAM)
@@ -161,7 +185,7 @@ def _dropout_add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = total.shape[-1]
     tokens = total.numel() // hidden
-    programs, each = division(tokens, 1, ROWS, total.device)
+    programs, each = division(tokens, 1, ROWS_OF_NORM, total.device)
     grad_y, grad_residual = total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype)
     shares = weight.new_empty(programs, 3, hidden)
     inputs = (grad_out.contiguous(), grad_skip if grad_skip is None else grad_skip.contiguous(), total.contiguous())
@@ -171,21 +195,28 @@ def _dropout_add_layer_norm_backward(
     with torch.cuda.device_of(total):
         _norm_backward[programs,](
             *(*inputs, *statistics, grad_y, grad_residual, shares, *numbers),
-            *(hidden, block, ROWS, grad_skip is not None, seed is not None),
+            *(hidden, block, ROWS_OF_NORM, grad_skip is not None, seed is not None),
             num_warps=min(16, max(1, block // 256)),
         )
     return grad_y, grad_residual, sum_of_shares(shares)
 
 
 _LIBRARY = torch.library.Library("slope", "FRAGMENT")
+_LIBRARY.define("bias_gelu(Tensor x, Tensor bias) -> Tensor")
 _LIBRARY.define("bias_gelu_backward(Tensor grad_y, Tensor x, Tensor bias) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "dropout_add_layer_norm_backward(Tensor grad_out, Tensor? grad_skip, Tensor total, Tensor mean, "
     "Tensor inverse_deviation, Tensor weight, Tensor? seed, float probability, ScalarType residual_dtype) "
     "-> (Tensor, Tensor, Tensor)"
 )
+_LIBRARY.impl("bias_gelu", _bias_gelu, "CompositeExplicitAutograd")
 _LIBRARY.impl("bias_gelu_backward", _bias_gelu_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("dropout_add_layer_norm_backward", _dropout_add_layer_norm_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("slope::bias_gelu")
+def _(x, bias):
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("slope::bias_gelu_backward")
@@ -199,5 +230,6 @@ def _(grad_out, grad_skip, total, mean, inverse_deviation, weight, seed, probabi
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype), sums
 
 
+bias_gelu = torch.ops.slope.bias_gelu.default
 bias_gelu_backward = torch.ops.slope.bias_gelu_backward.default
 dropout_add_layer_norm_backward = torch.ops.slope.dropout_add_layer_norm_backward.default
