@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.dense_parts import bias_gelu, dropout_add_layer_norm
 from kernels.embedding import lookup
-from kernels.feed_forward import feed_forward, runs_together
 from kernels.joint import products, without_bias
 from training.errors import UsageError
 from training.flags import read_json
@@ -258,18 +257,17 @@ class BertResidualOutput(nn.Module):
 
     def forward(self, x: Tensor, residual_TH: Tensor, twice: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Twice, it returns what a product and a residual sum read, as two tensors of one content."""
+        norm = self.LayerNorm
         if torch.compiler.is_compiling():
-            return self.end(*without_bias(self.dense, x), residual_TH, twice)
+            probability = self.dropout.p if self.training else 0.0
+            parameters = (norm.weight, norm.bias, probability, norm.eps)
+            return dropout_add_layer_norm(
+                *without_bias(self.dense, x), residual_TH, *parameters, twice=twice, kernels=self.kernels
+            )
         y_TH = self.dense(x)
         exact = torch.promote_types(y_TH.dtype, torch.float32)
-        out_TH = self.LayerNorm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
+        out_TH = norm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
         return (out_TH, out_TH) if twice else out_TH
-
-    def end(self, y_TH: Tensor, bias: Tensor, residual_TH: Tensor, twice: bool = False):
-        """What follows the product, compiled; `bias` is the product's."""
-        norm, probability = self.LayerNorm, self.dropout.p if self.training else 0.0
-        parameters = (norm.weight, norm.bias, probability, norm.eps)
-        return dropout_add_layer_norm(y_TH, bias, residual_TH, *parameters, twice=twice, kernels=self.kernels)
 
 
 class BertAttention(nn.Module):
@@ -313,11 +311,7 @@ class BertLayer(nn.Module):
 
     def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
         hidden_TH, residual_TH = self.attention(hidden_TH, attention)
-        first, second = self.intermediate, self.output
-        fused = torch.compiler.is_compiling() and first.is_gelu and first.kernels
-        if fused and runs_together(first.dense, second.dense):
-            return second.end(*feed_forward(hidden_TH, first.dense, second.dense), residual_TH)
-        return second(first(hidden_TH), residual_TH)
+        return self.output(self.intermediate(hidden_TH), residual_TH)
 
 
 class BertEncoder(nn.Module):
@@ -512,10 +506,9 @@ def use_kernels(model: nn.Module) -> None:
     """Let Triton run GELU and the backward passes of the dense parts of the compiled blocks, on a GPU.
 
     Raises:
-        KernelsUnavailable: there is no Triton, or another one.
+        KernelsUnavailable: there is no Triton.
     """
-    for name in ("dense_kernels", "gelu_products"):
-        importlib.import_module(f"kernels.{name}")  # only here, as CPU builds of torch lack Triton
+    importlib.import_module("kernels.dense_kernels")  # only here, as CPU builds of torch lack Triton
     for module in model.bert.encoder.modules():
         if isinstance(module, (BertResidualOutput, BertIntermediate)):
             module.kernels = True

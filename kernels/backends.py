@@ -113,13 +113,11 @@ class CutlassOperands(nn.Module):
         return layer.out_features, layer.in_features, layer.m
 
     def forward(self, x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
+        x = x.to(self.dtype)
         parameters = (layer.values, bias, layer.lora_left, layer.lora_right)
-        return SparseProduct.apply(x.to(self.dtype), *parameters, *self.arguments(layer))
-
-    def arguments(self, layer: SparseLinear) -> tuple:
-        """What `SparseProduct` reads beside its input and the parameters."""
         operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward, layer.mask_bits, layer.m)
-        return *operands, *(NO_ADAPTERS if layer.lora_left is None else self._adapters())
+        adapters = NO_ADAPTERS if layer.lora_left is None else self._adapters()
+        return SparseProduct.apply(x, *parameters, *operands, *adapters)
 
 
 class SemiStructuredOperands(DenseOperands):

@@ -24,7 +24,7 @@ PROGRAMS_OF_PROCESSOR = 4
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
-def normal_distribution(x):
+def _normal_distribution(x):
     """Phi(x) and phi(x), as `dense_parts._normal_distribution`."""
     t = reciprocal(1 + 0.23164188 * tl.abs(x))
     polynomial = 0.5307027145 * t  # half of the formula's coefficients
@@ -46,7 +46,7 @@ def _gelu(x, bias, y, tokens, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: 
     there = (rows < tokens)[:, None] & inside[None, :]
     exact = tl.load(x + places, mask=there, other=0.0).to(tl.float32)
     exact += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
-    below, _ = normal_distribution(exact)
+    below, _ = _normal_distribution(exact)
     tl.store(y + places, (exact * below).to(y.dtype.element_ty), mask=there)
 
 
@@ -74,7 +74,7 @@ def _gelu_backward(
         there = (rows < tokens)[:, None] & inside[None, :]
         exact = tl.load(x + places, mask=there, other=0.0).to(tl.float32) + added
         grad = tl.load(grad_y + places, mask=there, other=0.0).to(tl.float32)
-        below, density = normal_distribution(exact)
+        below, density = _normal_distribution(exact)
         grad = grad * (below + exact * density)
         tl.store(grad_x + places, grad.to(grad_x.dtype.element_ty), mask=there)
         total += tl.sum(grad, 0)
@@ -145,7 +145,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def division(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple[int, int]:
+def _division(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple[int, int]:
     """Programs for each block of columns, and the tokens that each takes, a multiple of `rows`."""
     programs = max(1, PROGRAMS_OF_PROCESSOR * _processors(device) // blocks)
     each = max(1, math.ceil(tokens / (programs * rows))) * rows
@@ -164,7 +164,7 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def _bias_gelu_backward(grad_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
     tokens, blocks = x.numel() // columns, math.ceil(columns / COLUMNS_OF_PROGRAM)
-    programs, each = division(tokens, blocks, ROWS, x.device)
+    programs, each = _division(tokens, blocks, ROWS, x.device)
     grad_x, shares = x.new_empty(x.shape), bias.new_empty(programs, columns)
     inputs = (grad_y.contiguous(), x.contiguous(), bias, grad_x, shares, tokens, each)
     with torch.cuda.device_of(x):
@@ -185,7 +185,7 @@ def _dropout_add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = total.shape[-1]
     tokens = total.numel() // hidden
-    programs, each = division(tokens, 1, ROWS_OF_NORM, total.device)
+    programs, each = _division(tokens, 1, ROWS_OF_NORM, total.device)
     grad_y, grad_residual = total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype)
     shares = weight.new_empty(programs, 3, hidden)
     inputs = (grad_out.contiguous(), grad_skip if grad_skip is None else grad_skip.contiguous(), total.contiguous())

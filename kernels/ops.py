@@ -128,22 +128,6 @@ class AdapterOperands(NamedTuple):
     """(R / r)^T, filled up with zeros, [out, width]."""
 
 
-def weight_gradients(
-    grad_rows: Tensor,
-    x: Tensor,
-    mask_bits: Tensor,
-    m: int,
-    left_rows: Tensor | None,
-    right_rows: Tensor | None,
-    rank: int,
-    needs_values: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of values, L and R, from dY [tokens, out] and X [..., in]; None for adapters of rank 0."""
-    grad_weight = grad_rows.t() @ x.reshape(-1, x.shape[-1])
-    grad_values = gather(grad_weight, mask_bits, m) if needs_values else None  # (2) dW = mask * (dY^T X)
-    return grad_values, *(adapter_grads(grad_weight, left_rows, right_rows, rank) if rank else (None, None))
-
-
 class SparseProduct(torch.autograd.Function):
     """The products of one layer on 2:4 operands, with bias and, where there are some, adapters.
 
@@ -186,10 +170,11 @@ class SparseProduct(torch.autograd.Function):
             narrow = None if left_rows is None else grad_rows @ right_rows.t()  # dY R^T / r
             grad_x = sparse_mm(grad_y, kept_backward, metadata_backward, None, narrow, left_kept)  # (3) dX = dY W^{R,C}
         if needs_values or any(needs_adapters):
-            rank = ctx.rank if any(needs_adapters) else 0
-            grad_values, grad_left, grad_right = weight_gradients(
-                grad_rows, x, mask_bits, ctx.m, left_rows, right_rows, rank, needs_values
-            )
+            grad_weight = grad_rows.t() @ x.reshape(-1, x.shape[-1])
+        if needs_values:
+            grad_values = gather(grad_weight, mask_bits, ctx.m)  # (2) dW = mask * (dY^T X)
         if needs_bias:
             grad_bias = grad_rows.sum(0, dtype=torch.float32)
+        if any(needs_adapters):
+            grad_left, grad_right = adapter_grads(grad_weight, left_rows, right_rows, ctx.rank)
         return grad_x, grad_values, grad_bias, grad_left, grad_right, *[None] * 10

@@ -75,29 +75,22 @@ def warpgroup_mma_wait(pending, given):
     return given
 
 
-def mma_v2(a, b, acc):
-    """Of numbers in fp32, as numpy has no bf16: their products are exact there."""
-    return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
-
-
 def _tritons(name: str):
     """Looked up at each call: the interpreter replaces Triton's functions while a kernel runs."""
     return lambda *given, **more: getattr(tl, name)(*given, **more)
 
 
-LAYOUTS = ("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout")
 LANGUAGE = {
     "constexpr": tl.constexpr,
     **{name: getattr(tl, name) for name in ("float32", "int64", "uint64", "uint32")},
-    **{name: _tritons(name) for name in ("exp2", "where", "sum", "max", "load", "store", "program_id", "zeros_like")},
-    **dict.fromkeys(LAYOUTS, lambda *_: None),
+    **{name: _tritons(name) for name in ("exp2", "where", "sum", "max", "load", "store", "program_id")},
+    **dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout"), lambda *_: None),
     "arange": lambda first, end, layout: tl.arange(*(tl.constexpr(_value(bound)) for bound in (first, end))),
     "zeros": lambda shape, dtype, layout: tl.zeros([_value(size) for size in shape], dtype),
     "barrier": lambda: None,
     "static_range": lambda *bounds: range(*map(_value, bounds)),
     "allocate_shared_memory": allocate_shared_memory,
 }
-AMPERE = {"mma_v2": mma_v2}
 HOPPER = {
     "fence_async_shared": lambda: None,
     "warpgroup_mma": warpgroup_mma,
@@ -110,7 +103,7 @@ def stand_ins():
     """What is imported meanwhile gets them for Gluon."""
     package = "triton.experimental.gluon"
     names = {package: {"jit": triton.jit}, f"{package}.language": LANGUAGE, f"{package}.language.nvidia": {}}
-    names |= {f"{package}.language.nvidia.{name}": own for name, own in (("ampere", AMPERE), ("hopper", HOPPER))}
+    names |= {f"{package}.language.nvidia.hopper": HOPPER}
     own, own_package = {name: sys.modules.get(name) for name in names}, triton.experimental.gluon
     for name, attributes in names.items():
         sys.modules[name] = types.ModuleType(name)

@@ -19,7 +19,7 @@ SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 HEADS = {"hidden_size": 96, "num_attention_heads": 3}
 
 
-@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_kernels", "gelu_products"])
+@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_kernels"])
 def test_the_kernels_in_tritons_interpreter(kernels):
     run_interpreted(f"{kernels}_interpreted.py")
 
@@ -29,47 +29,22 @@ def test_the_kernels_in_tritons_interpreter(kernels):
 def test_the_backward_pass_of_attention_compiles_for_hopper(rows_apart, dropout):
     """Two programs fit on a multiprocessor, which has 228 KB of shared memory, 1 KB of it taken by each."""
     pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
-    from kernels.hopper_attention import WARPS, attention_backward
-
-    constants = {"STRIDE": rows_apart, "HEADS": 16, "SIZE": 64, "LONGEST": 128, "DROPOUT": dropout}
-    types = dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"}
-    types |= {"bias": "*fp32", "grad_bias": "*fp32", "boundaries": "*i32", "seed": "*i32"}
-    types |= dict.fromkeys(("grad_out", "query", "key", "value", "grad_qkv"), "*bf16")
-    compiled = compiled_for_hopper(attention_backward, types, constants, WARPS)
-    assert compiled.asm["cubin"] and 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
-
-
-@pytest.mark.parametrize("width", [16, 48, 64])
-@pytest.mark.parametrize("columns", [4096, 272])
-def test_gelu_with_narrow_products_compiles_for_hopper(columns, width):
-    """Every number is loaded and stored in pieces of 16 bytes, and goes from there into the product."""
-    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
-    from kernels import gelu_products
-
-    constants = {"COLUMNS": columns, "WIDTH": width, "PADDED": 64 if width == 48 else width}
-    constants |= {"TOKENS": gelu_products.TOKENS, "BLOCK": gelu_products.BLOCK, "WARPS": gelu_products.WARPS}
-    types = dict.fromkeys(("grad_y", "x", "rows", "y", "grad_x", "narrow"), "*bf16") | {"tokens": "i32"}
-    types |= {"bias": "*fp32", "shares": "*fp32", "tokens_of_program": "i32"}
-    for kernel, moved in ((gelu_products._gelu, 2), (gelu_products._gelu_backward, 3)):
-        ptx = compiled_for_hopper(kernel, types, constants, gelu_products.WARPS).asm["ptx"]
-        assert ptx.count("mma.sync.aligned.m16n8k16") == constants["PADDED"] // 8 * 4
-        assert ptx.count("ex2.approx") == 32, "a thread's numbers: GELU must be computed once"
-        assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32", ptx)) == 4 * (moved - 1)
-        assert len(re.findall(r"ld\.global", ptx)) == len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
-        assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == 4 * (moved - 1)  # the shares of sums are as many
-
-
-def compiled_for_hopper(kernel, types: dict[str, str], constants: dict, warps: int):
-    """A Gluon kernel, with pointers to 16-byte aligned memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    types = types | dict.fromkeys(constants, "constexpr")
-    names = kernel.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
-    source = GluonASTSource(kernel, {name: types[name] for name in names}, constants, aligned)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    from kernels.hopper_attention import WARPS, attention_backward
+
+    constants = {"STRIDE": rows_apart, "HEADS": 16, "SIZE": 64, "LONGEST": 128, "DROPOUT": dropout}
+    pointers = {"bias": "*fp32", "grad_bias": "*fp32", "boundaries": "*i32", "seed": "*i32"}
+    pointers |= dict.fromkeys(("grad_out", "query", "key", "value", "grad_qkv"), "*bf16")
+    types = dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"} | pointers
+    types |= dict.fromkeys(constants, "constexpr")
+    names = attention_backward.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = GluonASTSource(attention_backward, {name: types[name] for name in names}, constants, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    assert compiled.asm["cubin"] and 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
 
 
 @pytest.fixture
@@ -139,12 +114,7 @@ def test_a_machine_that_cannot_compile_is_told_before_the_first_step(kernel, mon
 @pytest.mark.parametrize("kernel", OBSTACLES)
 def test_without_triton_that_is_the_reason(kernel, triton, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in (
-        "short_attention",
-        "dense_kernels",
-        "gelu_products",
-        "triton_parts",
-    ):  # not LAMB's, which has checked the device
+    for name in ("short_attention", "dense_kernels", "triton_parts"):  # not LAMB's, which has checked the device
         monkeypatch.delitem(sys.modules, f"kernels.{name}", raising=False)
         monkeypatch.delattr(kernels, name, raising=False)
     assert re.match(r"no Triton \(.*\): it comes with every CUDA build of torch", OBSTACLES[kernel]())

@@ -76,10 +76,8 @@ def _unavailable(module: str, world: World) -> str:
 
 
 def obstacle_to_dense_kernels(compiled: bool, world: World) -> str:
-    """Why kernels/dense_kernels.py and kernels/gelu_products.py cannot run, or nothing."""
-    if not compiled:
-        return "cannot run without a GPU's compiled blocks"
-    return _unavailable("dense_kernels", world) or _unavailable("gelu_products", world)
+    """Why kernels/dense_kernels.py cannot run, or nothing."""
+    return _unavailable("dense_kernels", world) if compiled else "cannot run without a GPU's compiled blocks"
 
 
 def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int, world: World) -> str:
