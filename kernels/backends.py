@@ -63,6 +63,7 @@ class CutlassOperands(nn.Module):
         """A launch or a few for many layers, whose operands are of this class."""
         by_dtype: dict[torch.dtype, list[SparseLinear]] = {}
         for layer in layers:
+            layer.operands._check_joint()
             if any(p.dtype is not torch.float32 for p in (layer.values, layer.lora_left) if p is not None):
                 raise RuntimeError(f"the values of 2:4 operands must be float32, not {layer.values.dtype}")
             by_dtype.setdefault(layer.operands.dtype, []).append(layer)
@@ -75,6 +76,11 @@ class CutlassOperands(nn.Module):
                 layer.operands._make_adapters(layer)
             if adapted:
                 refresh_adapters([layer.operands._adapter_entry(layer) for layer in adapted], dtype)
+
+    def _check_joint(self) -> None:
+        """Joint operands would not see what is written elsewhere."""
+        if self.joint is not None and self.kept.untyped_storage().data_ptr() != self.joint.storage_address():
+            raise RuntimeError("joint 2:4 operands were moved or converted: do that before their layers are joined")
 
     def _entry(self, layer: SparseLinear) -> tuple:
         operands = (self.kept, self.metadata_backward, self.second, self.kept_backward)

@@ -18,7 +18,9 @@ from kernels.triton_parts import exp2, kept_by_dropout, reciprocal, settings, su
 COLUMNS_OF_PROGRAM = 1024  # of GELU's: 8 numbers a thread and row
 WARPS = 4
 ROWS = 4  # tokens at a time: what a thread loads before it waits
-ROWS_OF_NORM = 2  # registers for PROGRAMS_OF_PROCESSOR at a time; with more, some would wait for others to end
+# At BERT's widths, up to 1024, there are registers for PROGRAMS_OF_PROCESSOR at a time; with more rows, some programs
+# would wait for others to end.
+ROWS_OF_NORM = 2
 PROGRAMS_OF_PROCESSOR = 4
 
 

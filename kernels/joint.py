@@ -74,6 +74,10 @@ class JointOperands(nn.Module):
         """Whether the joint arrays hold all that the layers read: they do not while only some have adapters."""
         return self.left_rows is not None or all(layer.lora_left is None for layer in layers)
 
+    def storage_address(self) -> int:
+        """Of the memory that the parts' `kept` are slices of."""
+        return self.kept.untyped_storage().data_ptr()
+
     def reset(self) -> None:
         """A layer's mask is another one, and so its metadata of W^R."""
         torch.cat([part.metadata for part in self.parts], 1, out=self.metadata)

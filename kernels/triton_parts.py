@@ -27,7 +27,7 @@ else:
 
     @triton.jit
     def reciprocal(x):
-        """1 / x, fp32, to the last bit; 0 for x of 2^126 or more. A quotient takes four instructions more."""
+        """1 / x, fp32, to the last bit; 0 for x above 2^126. A quotient takes four instructions more."""
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
     @triton.jit

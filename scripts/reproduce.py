@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None):
     training.add_argument("--global_batch_size", default=64, type=whole(1), help="sequences of an optimizer step")
     training.add_argument("--local_batch_size", default=64, type=whole(1), help="sequences of a micro-step")
     training.add_argument("--learning_rate", default=8.5e-4, type=real(0), help="peak learning rate of dense runs")
-    training.add_argument("--sparse_learning_rate", default=1.2e-3, type=real(0), help="of runs sparse from the start")
+    training.add_argument("--sparse_learning_rate", default=8.5e-4, type=real(0), help="of runs sparse from the start")
     training.add_argument("--warmup_proportion", default=0.1, type=real(0, 0.5), help="share of the steps it rises in")
     training.add_argument("--seed", default=42, type=whole(0, 2**32 - 2), help="of weights, order, masks, dropout")
     training.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")

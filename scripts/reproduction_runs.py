@@ -125,6 +125,7 @@ class Settings:
     def load(cls, output_dir: Path) -> "Settings":
         path = output_dir / "settings.json"
         found = read_json(str(path), "--output_dir")
+        found.setdefault("sparse_learning_rate", found.get("learning_rate"))  # earlier versions had one rate for all
         if set(found) != {field.name for field in fields(cls)}:
             raise UsageError(f"--output_dir {path}: holds no settings of this script; give another directory")
         return cls(**found)

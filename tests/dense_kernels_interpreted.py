@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 
 @DTYPES
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (7, 1024), (53, 3072), (24, 1100)])
-def test_gradients_of_gelu(tokens, columns, dtype):
+def test_gelu_and_its_gradients(tokens, columns, dtype):
     check_gelu("cpu", dtype, tokens, columns)
 
 

@@ -27,16 +27,8 @@ def flags(data: Path, output: Path, *more: str) -> list[str]:
     return [
         *("--output_dir", str(output), "--data_dir", str(data), "--skip_data"),
         *("--model_config_file", str(data / "model.json"), "--epochs", "20", "--global_batch_size", "6"),
-        *(
-            "--local_batch_size",
-            "3",
-            "--learning_rate",
-            "4e-3",
-            "--sparse_learning_rate",
-            "5e-3",
-            "--precision",
-            "fp32",
-        ),
+        *("--local_batch_size", "3", "--learning_rate", "4e-3", "--sparse_learning_rate", "5e-3"),
+        *("--precision", "fp32"),
         *("--finetune_seeds", "3,5", "--finetune_steps", "2", *more),
     ]
 

@@ -1,7 +1,10 @@
 """The Triton kernels of a block without a GPU: their checks in Triton's interpreter, and where they are refused."""
 
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,22 +32,60 @@ def test_the_kernels_in_tritons_interpreter(kernels):
 def test_the_backward_pass_of_attention_compiles_for_hopper(rows_apart, dropout):
     """Two programs fit on a multiprocessor, which has 228 KB of shared memory, 1 KB of it taken by each."""
     pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     from kernels.hopper_attention import WARPS, attention_backward
 
     constants = {"STRIDE": rows_apart, "HEADS": 16, "SIZE": 64, "LONGEST": 128, "DROPOUT": dropout}
-    pointers = {"bias": "*fp32", "grad_bias": "*fp32", "boundaries": "*i32", "seed": "*i32"}
-    pointers |= dict.fromkeys(("grad_out", "query", "key", "value", "grad_qkv"), "*bf16")
-    types = dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"} | pointers
-    types |= dict.fromkeys(constants, "constexpr")
-    names = attention_backward.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = GluonASTSource(attention_backward, {name: types[name] for name in names}, constants, aligned)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    types = dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"}
+    types |= {"bias": "*fp32", "grad_bias": "*fp32", "boundaries": "*i32", "seed": "*i32"}
+    types |= dict.fromkeys(("grad_out", "query", "key", "value", "grad_qkv"), "*bf16")
+    compiled = compiled_for_hopper(attention_backward, types, constants, WARPS)
     assert compiled.asm["cubin"] and 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
+
+
+def test_the_dense_kernels_compile_for_hopper():
+    """At BERT-Large's size: one quotient and one exponential a number, and registers for the programs of one wave."""
+    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
+    from kernels import dense_kernels as dense
+
+    types = dict.fromkeys(("grad_y", "x", "y", "grad_x", "grad_out", "grad_skip", "total", "grad_residual"), "*bf16")
+    types |= dict.fromkeys(("bias", "shares", "mean", "inverse_deviation", "weight"), "*fp32") | {"seed": "*i32"}
+    types |= {"tokens": "i32", "tokens_of_program": "i32", "threshold": "i32", "kept_scale": "fp32"}
+    of_gelu = {"COLUMNS": 4096, "BLOCK": dense.COLUMNS_OF_PROGRAM, "ROWS": dense.ROWS}
+    of_norm = {"HIDDEN": 1024, "BLOCK": 1024, "ROWS": dense.ROWS_OF_NORM, "SKIP": True, "DROPOUT": True}
+    numbers = dense.ROWS * dense.COLUMNS_OF_PROGRAM // (32 * dense.WARPS)  # of a thread
+    kernels = ((dense._gelu, of_gelu, numbers), (dense._gelu_backward, of_gelu, numbers))
+    for kernel, constants, quotients in (*kernels, (dense._norm_backward, of_norm, 0)):
+        compiled = compiled_for_hopper(kernel, types, constants, dense.WARPS)
+        ptx = compiled.asm["ptx"]
+        assert ptx.count("rcp.approx.ftz.f32") == ptx.count("ex2.approx.ftz.f32") == quotients
+        assert kernel is dense._norm_backward or "div." not in ptx  # which divides sums of rows alone
+        registers, spilled = registers_of(compiled)
+        assert registers * 32 * dense.WARPS * dense.PROGRAMS_OF_PROCESSOR <= 65536 and not spilled, kernel
+
+
+def compiled_for_hopper(kernel, types: dict[str, str], constants: dict, warps: int):
+    """In Triton or Gluon, with pointers to 16-byte aligned memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    types, names = types | dict.fromkeys(constants, "constexpr"), kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, {name: types[name] for name in names}, constants, aligned)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def registers_of(compiled) -> tuple[int, int]:
+    """Of a thread, and the bytes that it keeps elsewhere for want of more."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", told)[1]) for name in ("REG", "STACK"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ if torch.cuda.is_available():  # they import Triton
 
 @DTYPES
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (129, 1100), (4097, 3072), (16384, 4096)])
-def test_gradients_of_gelu(tokens, columns, dtype):
+def test_gelu_and_its_gradients(tokens, columns, dtype):
     check_gelu("cuda", dtype, tokens, columns)
 
 

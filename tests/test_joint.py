@@ -153,6 +153,13 @@ def test_adapters_of_all_layers_in_one_refresh():
     assert_joint(layers, results_of(others, each_alone))
 
 
+def test_operands_that_were_moved_are_joint_no_more():
+    layers = sparse_layers(rank=4)
+    join(layers, [40])
+    with pytest.raises(RuntimeError, match="joint 2:4 operands were moved or converted"):
+        layers[1]._apply(torch.clone)
+
+
 def test_adapters_operands_stay_where_they_are_with_zeros_around_the_blocks():
     layers = sparse_layers(rank=4)
     join(layers, [40])

@@ -77,6 +77,7 @@ def test_killed_again_and_again_and_resumed(files, whole_run, tmp_path):
 SETTINGS = [
     {"double_prune_interval": 3, "num_steps_per_checkpoint": 5},  # resumes in the middle of an interval
     {"double_prune_interval": 0},
+    {"double_prune": False},
     {"precision": "bf16"},
     {"precision": "fp16"},
     {"optimizer": "fused-lamb", "lr_decay": "linear", "warmup_proportion": 0.4},

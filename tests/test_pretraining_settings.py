@@ -64,7 +64,6 @@ SPARSITY = [
     ({"skip_last_block": True}, 1 / 2, 1),
     ({"skip_attention": True}, 1 / 2, 1),
     ({"mask_init": "random"}, 1 / 2, 1 / 2),
-    ({"double_prune": False}, 1 / 2, 1 / 2),
 ]
 
 

@@ -19,7 +19,7 @@ from pretraining_runs import ROOT, checkpoint, kill_after, metrics, wait_for_ste
 from reproduction_calls import call, flags, report_rows, reproduce, run_processes, settings
 from reproduction_data import HIDDEN, Forked, make_data
 from reproduction_report import MARKERS  # scripts, found through reproduction_calls
-from reproduction_runs import PREFIX, RECIPES, STANDARD, Plan, _copy_lines, _copy_rows
+from reproduction_runs import PREFIX, RECIPES, STANDARD, Plan, Settings, _copy_lines, _copy_rows
 from run_processes import Command, Planned, Processes
 
 import run_glue
@@ -453,6 +453,23 @@ def test_data_are_made_first(data, tmp_path):
 def test_the_scripts_of_the_data_run_on_this_python(tmp_path):
     done = run_processes.start(["bash", "-c", f"echo $PYTHON > {tmp_path}/python"], {}, None)
     assert done.wait() == 0 and (tmp_path / "python").read_text() == f"{sys.executable}\n"
+
+
+def test_what_is_sparse_from_the_start_has_a_learning_rate_of_its_own(tmp_path):
+    plan = Plan(settings(), tmp_path, tmp_path, tmp_path, 1)
+    rates = {
+        name: run_pretraining.parse_arguments(plan.pretraining_command(name)[2:]).learning_rate for name in RECIPES
+    }
+    assert rates.pop("dense") == 2e-3 and rates.pop("pruned_half") == pytest.approx(2e-3 / 2**0.5)
+    assert set(rates.values()) == {3e-3}
+
+
+def test_settings_of_earlier_versions_had_one_learning_rate(tmp_path):
+    now = settings(sparse_learning_rate=2e-3)
+    now.save(tmp_path)
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sparse_learning_rate"}))
+    assert Settings.load(tmp_path) == now
 
 
 def test_the_cut_schedule_is_the_whole_one(tmp_path):

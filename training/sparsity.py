@@ -141,7 +141,7 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
         (
             "--double_prune",
             True,
-            "prune a second time for the input gradient; False: as an ablation, by dense products",
+            "prune N:M a second time for the input gradient; False: as an ablation, by dense products",
         ),
     )
     for name, default, text in flags:
