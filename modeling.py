@@ -241,6 +241,17 @@ class BertSelfAttention(nn.Module):
         return context_BASD.transpose(1, 2).flatten(2)
 
 
+class Unfinished(NamedTuple):
+    """What a compiled block hands on, both [T, H]: its end, dropout and LayerNorm of the sum, is the next one's to do.
+
+    So what the end makes for a product and for a residual sum does not leave the compiled region, and neither do their
+    gradients, which the end's backward pass adds up as it reads them.
+    """
+
+    product: Tensor  # before its bias
+    residual: Tensor
+
+
 class BertResidualOutput(nn.Module):
     """LayerNorm(residual + dropout(dense(x))): the end of both halves of a block (post-LN).
 
@@ -255,19 +266,25 @@ class BertResidualOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.kernels = False
 
-    def forward(self, x: Tensor, residual_TH: Tensor, twice: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Twice, it returns what a product and a residual sum read, as two tensors of one content."""
-        norm = self.LayerNorm
+    def forward(self, x: Tensor | Unfinished, residual_TH: Tensor | None = None, twice: bool = False):
+        """Twice, it returns what a product and a residual sum read, as two tensors of one content.
+
+        `Unfinished` stands for both inputs.
+        """
+        if isinstance(x, Unfinished):
+            return self.end(x, twice)
         if torch.compiler.is_compiling():
-            probability = self.dropout.p if self.training else 0.0
-            parameters = (norm.weight, norm.bias, probability, norm.eps)
-            return dropout_add_layer_norm(
-                *without_bias(self.dense, x), residual_TH, *parameters, twice=twice, kernels=self.kernels
-            )
+            return self.end(Unfinished(without_bias(self.dense, x)[0], residual_TH), twice)
         y_TH = self.dense(x)
         exact = torch.promote_types(y_TH.dtype, torch.float32)
-        out_TH = norm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
+        out_TH = self.LayerNorm(self.dropout(y_TH) + residual_TH.to(exact)).to(y_TH.dtype)
         return (out_TH, out_TH) if twice else out_TH
+
+    def end(self, unfinished: Unfinished, twice: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """What follows the product, compiled."""
+        norm, probability = self.LayerNorm, self.dropout.p if self.training else 0.0
+        inputs = (unfinished.product, self.dense.bias, unfinished.residual, norm.weight, norm.bias)
+        return dropout_add_layer_norm(*inputs, probability, norm.eps, twice, self.kernels)
 
 
 class BertAttention(nn.Module):
@@ -276,8 +293,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_TH: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
-        return self.output(self.self(hidden_TH, attention), hidden_TH, twice=True)
+    def forward(self, hidden_TH: Tensor, residual_TH: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        return self.output(self.self(hidden_TH, attention), residual_TH, twice=True)
 
 
 class Activated(nn.Module):
@@ -309,9 +326,25 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
-        hidden_TH, residual_TH = self.attention(hidden_TH, attention)
-        return self.output(self.intermediate(hidden_TH), residual_TH)
+    def forward(
+        self,
+        hidden_TH: Tensor | Unfinished,
+        attention: Attention,
+        before: BertResidualOutput | None = None,
+        hands_on: bool = False,
+    ) -> Tensor | Unfinished:
+        """Return the hidden states; a compiled block that `hands_on` leaves them unfinished.
+
+        `before` is the end of the block before, by which unfinished ones are finished.
+        """
+        residual_TH = hidden_TH
+        if isinstance(hidden_TH, Unfinished):
+            hidden_TH, residual_TH = before.end(hidden_TH, twice=True)
+        hidden_TH, residual_TH = self.attention(hidden_TH, residual_TH, attention)
+        activated_TI = self.intermediate(hidden_TH)
+        if hands_on and torch.compiler.is_compiling():
+            return Unfinished(without_bias(self.output.dense, activated_TI)[0], residual_TH)
+        return self.output(activated_TI, residual_TH)
 
 
 class BertEncoder(nn.Module):
@@ -323,12 +356,14 @@ class BertEncoder(nn.Module):
         self.checkpoint_activations = False
 
     def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
+        before = None
         for block in self.layer:
-            if self.checkpoint_activations:
+            if self.checkpoint_activations:  # which keeps what a block is given: one tensor, not the two of Unfinished
                 hidden_TH = checkpoint(block, hidden_TH, attention, use_reentrant=False, preserve_rng_state=True)
             else:
-                hidden_TH = block(hidden_TH, attention)
-        return hidden_TH
+                hidden_TH = block(hidden_TH, attention, before, hands_on=True)
+            before = block.output
+        return before(hidden_TH) if isinstance(hidden_TH, Unfinished) else hidden_TH
 
 
 class BertPooler(nn.Module):
@@ -494,11 +529,12 @@ class BertForQuestionAnswering(nn.Module):
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
-    """What torch.compile gets, one by one: blocks of one structure share one compilation.
+    """What torch.compile gets, one by one: blocks of one structure share one compilation; the last one's end.
 
     Not the embeddings' lookups: compiled, their gradient would be added up by atomics, in no fixed order.
     """
-    parts = [model.bert.embeddings.LayerNorm, *model.bert.encoder.layer]
+    blocks = model.bert.encoder.layer
+    parts = [model.bert.embeddings.LayerNorm, *blocks, blocks[-1].output]
     return [*parts, model.cls.predictions] if hasattr(model, "cls") else parts
 
 

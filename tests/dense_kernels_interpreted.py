@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dense_kernels_checks import check_equal_bits, check_gelu, check_norm, check_other_layouts
-from test_compiled_parts import CONFIG, LENGTHS, batch_of, check_results, results_of
+from test_compiled_parts import CONFIG, LENGTHS, additions_of, batch_of, check_results, results_of
 
 from modeling import BertForPreTraining, compiled_parts, use_kernels
 
@@ -36,15 +36,26 @@ def test_other_layouts():
     check_other_layouts("cpu", torch.float16)
 
 
-def test_a_compiled_model_learns_what_it_does_without_kernels():
-    """Losses and gradients; whole graphs, one for all numbers of tokens."""
+def compiled_model() -> BertForPreTraining:
     torch.manual_seed(0)
-    model = BertForPreTraining(replace(CONFIG, hidden_size=64, intermediate_size=128))
-    batches = [batch_of(lengths) for lengths in LENGTHS]
-    right = [results_of(model, batch, torch.float16) for batch in batches]
     torch.compiler.reset()
+    model = BertForPreTraining(replace(CONFIG, hidden_size=64, intermediate_size=128))
     use_kernels(model)
     for part in compiled_parts(model):
         part.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    return model
+
+
+def test_a_compiled_model_learns_what_it_does_without_kernels():
+    """Losses and gradients; whole graphs, one for all numbers of tokens."""
+    model, batches = compiled_model(), [batch_of(lengths) for lengths in LENGTHS]
+    with torch.compiler.set_stance("force_eager"):
+        right = [results_of(model, batch, torch.float16) for batch in batches]
     graphs = check_results(model, batches, right, torch.float16)
     assert len(set(graphs)) == 1 and graphs[0] > 0
+
+
+def test_no_pass_adds_gradients_where_all_our_kernels_run():
+    batch = batch_of(LENGTHS[0])
+    batch.packing = batch.packing._replace(short=True)  # query, key and value are one product
+    assert additions_of(compiled_model(), batch, torch.float16) == 0

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from pretraining_runs import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import modeling
 from kernels.backends import select_backends
 from kernels.dense_parts import bias_gelu, dropout_add_layer_norm, dropout_seed, kept_by_dropout
 from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums
@@ -173,8 +176,8 @@ def test_nothing_is_traced_twice():
     torch._dynamo.utils.counters.clear()
     results_of(model, batch_of(LENGTHS[0]))
     counted = torch._dynamo.utils.counters
-    # The end of the embeddings, two kinds of block, the head.
-    assert counted["aot_autograd"]["total"] == counted["stats"]["unique_graphs"] == 4
+    # The end of the embeddings, two kinds of block, the end of the last one, the head.
+    assert counted["aot_autograd"]["total"] == counted["stats"]["unique_graphs"] == 5
 
 
 ANOTHER_RUN = """
@@ -218,7 +221,7 @@ def test_blocks_of_one_kind_share_a_compilation_and_no_shape_takes_another(prune
     before = counted["unique_graphs"]
     check_same(results_of(model, batches[0]), expected[0])
     compiled = counted["unique_graphs"] - before
-    assert compiled <= 4, "the end of the embeddings, a first block, another block, the head"
+    assert compiled <= 5, "the end of the embeddings, a first block, another block, the last end, the head"
     for batch, right in zip(batches[1:], expected[1:], strict=True):
         check_same(results_of(model, batch), right)
     assert counted["unique_graphs"] - before == compiled, "a batch of another shape was compiled anew"
@@ -227,3 +230,131 @@ def test_blocks_of_one_kind_share_a_compilation_and_no_shape_takes_another(prune
         for batch, (losses, _) in zip(batches, expected, strict=True):
             assert results_of(model, batch)[0] == pytest.approx(losses, rel=5e-3)
         assert counted["unique_graphs"] - before <= compiled + 2
+
+
+# ------------------------------------------------------------------------------------------------------ between blocks
+def compiled_model(pruned_matrix: str = "none", dropout: float = 0.0, checkpointed: bool = False) -> BertForPreTraining:
+    torch.manual_seed(0)
+    config, sparsity = replace(CONFIG, hidden_dropout_prob=dropout), SparsityConfig(pruned_matrix=pruned_matrix)
+    model = build_model(lambda: BertForPreTraining(config), sparsity, None, seed=1, mask_init="magnitude")
+    select_backends(model, "dense", torch.bfloat16, 64, lambda line: None)
+    model.bert.encoder.checkpoint_activations = checkpointed
+    settle_compiler()
+    for part in compiled_parts(model):
+        part.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_padded_and_in_fp32_losses_and_gradients_are_those_of_the_plain_path(layers):
+    model = BertForPreTraining(replace(CONFIG, num_hidden_layers=layers))
+    ids = torch.randint(1, CONFIG.vocab_size, (4, 30), generator=torch.Generator().manual_seed(0))
+    attended = (torch.arange(30) < torch.tensor([30, 7, 21, 30])[:, None]).long()
+
+    def results() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        model.zero_grad()
+        scores = model(ids, torch.zeros_like(ids), attended, ids[:, :5] % 7)
+        losses = pretraining_loss_sums(*scores, ids[:, 5:10], ids[:, 0] % 2)
+        sum(losses).backward()
+        return [loss.detach() for loss in losses], {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected_losses, expected = results()
+    settle_compiler()
+    for part in compiled_parts(model):
+        part.compile(backend="aot_eager", fullgraph=True)
+    losses, found = results()
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        assert error < 1e-4 * gradient.norm() + 1e-6 * whole, f"{name}: {error / gradient.norm():.1e}"
+
+
+class Additions(TorchDispatchMode):
+    """Counts sums of two tensors of every token's hidden states in 16 bits: each is a pass over memory of its own, as
+    what a kernel adds up on its way is fp32."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, given=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            alike = [x for x in given if torch.is_tensor(x) and x.shape == self.shape and x.dtype.itemsize == 2]
+            self.count += len(alike) == 2
+        return function(*given, **(kwargs or {}))
+
+
+def additions_of(model: BertForPreTraining, batch: SimpleNamespace, dtype: torch.dtype = torch.bfloat16) -> int:
+    """In a backward pass, whose graphs are compiled before."""
+    results_of(model, batch, dtype)
+    with torch.autocast("cpu", dtype):
+        scores = model(batch.ids, torch.zeros_like(batch.ids), batch.packing, batch.predicted)
+    with Additions(torch.Size([len(batch.ids), model.config.hidden_size])) as additions:
+        scores[0].float().square().sum().backward()
+    return additions.count
+
+
+@pytest.mark.parametrize("pruned_matrix", ["none", "static-weight"])
+def test_no_pass_adds_the_gradients_of_a_product_and_of_a_residual_sum(pruned_matrix):
+    """Neither in a compiled block nor between two, where autograd would do it."""
+    of_query_key_and_value = 2  # three products here; the first block's are added up in its input's fp32
+    expected = of_query_key_and_value * (CONFIG.num_hidden_layers - 1)
+    assert additions_of(compiled_model(pruned_matrix), batch_of(LENGTHS[0])) == expected
+
+
+def kept_by(model: BertForPreTraining, batch: SimpleNamespace) -> int:
+    """Bytes of tensors that its forward pass keeps for the backward pass."""
+    results_of(model, batch)
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        results_of(model, batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_blocks_that_hand_on_what_is_unfinished_keep_no_more_than_others(dropout, monkeypatch):
+    handing_on, batch = kept_by(compiled_model(dropout=dropout), batch_of(LENGTHS[0])), batch_of(LENGTHS[0])
+    plain = modeling.BertLayer.forward
+    monkeypatch.setattr(modeling.BertLayer, "forward", lambda *given, hands_on: plain(*given))
+    assert 0 < handing_on <= kept_by(compiled_model(dropout=dropout), batch)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_checkpointed_block_is_given_and_so_keeps_one_tensor(compiled, monkeypatch):
+    plain_model, batch = BertForPreTraining(CONFIG), batch_of(LENGTHS[0])
+    model = compiled_model(checkpointed=True) if compiled else BertForPreTraining(CONFIG)
+    model.bert.encoder.checkpoint_activations = True
+    model.load_state_dict(plain_model.state_dict())
+    given, plain = [], modeling.checkpoint
+    monkeypatch.setattr(
+        modeling, "checkpoint", lambda block, x, *rest, **how: given.append(type(x)) or plain(block, x, *rest, **how)
+    )
+    check_same(results_of(model, batch), results_of(plain_model, batch))
+    assert given == [torch.Tensor] * CONFIG.num_hidden_layers
+    if compiled:
+        counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        results_of(model, batch)
+        assert counted == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_a_compiled_block_alone_returns_hidden_states():
+    model, batch = compiled_model(), batch_of(LENGTHS[0])
+    hidden, block = torch.randn(len(batch.ids), CONFIG.hidden_size), model.bert.encoder.layer[1]
+    found = block(hidden, batch.packing)
+    with torch.compiler.set_stance("force_eager"):
+        expected = block(hidden, batch.packing)
+    torch.testing.assert_close(found, expected)
+
+
+def test_compiled_dropout_is_a_function_of_the_seed():
+    model, batch = compiled_model(dropout=0.3), batch_of(LENGTHS[0])
+    results_of(model, batch)  # compiles, which may draw numbers, too
+    first, again, other = ((torch.manual_seed(seed), results_of(model, batch))[1] for seed in (1, 1, 2))
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert other[0] != first[0]

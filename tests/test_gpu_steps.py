@@ -155,6 +155,17 @@ def test_in_fp32_losses_and_gradients_are_those_of_the_plain_path(sparsity, what
         assert_same_gradients(found, expected, bound=1e-3, floor=1e-5)
 
 
+@pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
+def test_with_checkpointed_activations_losses_and_gradients_are_those_of_the_plain_path(sparsity):
+    """Compiled, but not captured."""
+    plain, fast = begun(sparsity), begun(sparsity, **FAST, checkpoint_activations=True)
+    for seed in (0, 1, 0):
+        expected_losses, expected = gradients_of(plain, seed)
+        losses, found = gradients_of(fast, seed)
+        assert losses == pytest.approx(expected_losses, rel=5e-3)
+        assert_same_gradients(found, expected, bound=0.03)
+
+
 @pytest.mark.parametrize(
     ("precision", "sparsity", "bounds"),
     [
