@@ -447,7 +447,8 @@ int launch(Call const& c) {
                  tensor_map<E>(&maps.outputs, c.outputs, c.tokens, c.out, c.out, T::StoreTokens, 64);
   int const width = c.adapter_columns;
   if (width)
-    encoded = encoded && tensor_map<E>(&maps.adapter_kept, c.adapter_kept, c.out, width / 2, c.adapter_stride, T::LoadRows, kBlockK / 2) &&
+    encoded = encoded &&
+              tensor_map<E>(&maps.adapter_kept, c.adapter_kept, c.out, width / 2, c.adapter_stride, T::LoadRows, kBlockK / 2) &&
               tensor_map<E>(&maps.adapter_inputs, c.adapter_inputs, c.tokens, width, width, T::LoadTokens, kBlockK);
   if (!encoded) return kTensorMap;
   constexpr int kClusterRows = T::Rows * T::ClusterRows, kClusterTokens = T::Tokens * T::ClusterTokens;
