@@ -56,6 +56,7 @@ class CutlassOperands(nn.Module):
             self.joint.reset()
 
     def refresh(self, layer: SparseLinear, rechoose: bool) -> None:
+        self._check_joint()  # here, where a move ends, and not in each step
         self.refresh_all([layer], rechoose)
 
     @staticmethod
@@ -63,7 +64,6 @@ class CutlassOperands(nn.Module):
         """A launch or a few for many layers, whose operands are of this class."""
         by_dtype: dict[torch.dtype, list[SparseLinear]] = {}
         for layer in layers:
-            layer.operands._check_joint()
             if any(p.dtype is not torch.float32 for p in (layer.values, layer.lora_left) if p is not None):
                 raise RuntimeError(f"the values of 2:4 operands must be float32, not {layer.values.dtype}")
             by_dtype.setdefault(layer.operands.dtype, []).append(layer)

@@ -2,8 +2,9 @@
 
 The compiler sums a bias's gradient in a pass of its own over what it has just written. Here a program takes the same
 columns of many tokens, and adds them up on its way; the programs' shares are added up after that. No atomics: equal
-inputs give equal bits. The formulas are those of kernels/dense_parts.py. GELU takes so many instructions a number that
-they, and not memory, would bound it, so they are counted here: a quotient and an exponential are one each.
+inputs give equal bits. The formulas are those of kernels/dense_parts.py. GELU takes dozens of
+instructions a number, about what the time of reading and writing it has room for, so they are few here: its quotient
+and its exponential are one each.
 """
 # ruff: noqa: N803 - Triton's spelling of compile-time arguments
 
@@ -13,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.triton_parts import exp2, kept_by_dropout, reciprocal, settings, sum_of_shares, tl, triton
+from kernels.triton_parts import kept_by_dropout, reciprocal, settings, sum_of_shares, tl, triton
 
 COLUMNS_OF_PROGRAM = 1024  # of GELU's: 8 numbers a thread and row
 WARPS = 4
@@ -34,7 +35,7 @@ def _normal_distribution(x):
     polynomial = (polynomial + 0.7107068705) * t
     polynomial = (polynomial - 0.142248368) * t
     polynomial = (polynomial + 0.127414796) * t
-    bell = exp2(x * x * -0.7213475204444817)  # e^(-x²/2)
+    bell = tl.exp2(x * x * -0.7213475204444817)  # e^(-x²/2)
     tail = polynomial * bell
     return tl.where(x >= 0, 1 - tail, tail), bell * 0.3989422804014327
 
