@@ -91,16 +91,22 @@ class HuggingFaceStep:
     def _give_step(self) -> tuple[Tensor, torch.cuda.Event | None]:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.batch.items()}
         total = torch.zeros((), device=self.device)
-        run = self._forward_and_backward if self.graphs is None else self.graphs
         for micro_step in range(self.accumulation):
-            total += run({name: tensor[micro_step] for name, tensor in batch.items()})
+            part = {name: tensor[micro_step] for name, tensor in batch.items()}
+            if self.graphs is None:
+                total += self._forward_and_backward(part)
+            else:
+                total += self.graphs(part, alone=self.accumulation == 1)
         copied = None
         if self.device.type == "cuda":
             total = torch.empty_like(total, device="cpu", pin_memory=True).copy_(total, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.graphs is None)
+        if self.graphs is None:
+            self.optimizer.zero_grad()
+        else:
+            self.graphs.zero()
         return total, copied
 
     def _wait_for(self, loss: Tensor, copied: torch.cuda.Event | None) -> None:

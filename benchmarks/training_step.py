@@ -189,24 +189,26 @@ class SharedGraphs(MicroStepGraphs):
     """Graphs of several models that take turns, in one pool of memory, which holds what the largest of them needs.
 
     While `rehearsing`, nothing is captured: what would be runs without a graph, so that the memory this takes is given
-    back before any model's graph holds the pool. Gradients of that do not count.
+    back before any model's graph holds the pool. Gradients of that are zeros, with which the optimizer makes its state.
     """
 
     def __init__(self, function, parameters, pool: tuple[int, int]):
         super().__init__(function, parameters, pool)
         self.rehearsing = True
 
-    def __call__(self, batch: Batch, summed: bool = False) -> Tensor:
+    def __call__(self, batch: Batch, summed: bool = False, alone: bool = False) -> Tensor:
         if self.rehearsing:
             self.capture(batch)
             return torch.zeros((), device=next(iter(batch.values())).device)
-        return super().__call__(batch, summed)
+        return super().__call__(batch, summed, alone)
 
-    def capture(self, batch: Batch, summed: bool = False) -> None:
-        if self.rehearsing:
-            super().rehearse({name: tensor.clone() for name, tensor in batch.items()})
-        else:
-            super().capture(batch, summed)
+    def capture(self, batch: Batch, summed: bool = False, alone: bool = False) -> None:
+        if not self.rehearsing:
+            super().capture(batch, summed, alone)
+            return
+        super().rehearse({name: tensor.clone() for name, tensor in batch.items()})
+        for parameter, reached in zip(self.parameters, self.reached, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if reached else None
 
     def rehearse(self, inputs: Batch) -> None:
         """Done before anything was captured."""

@@ -44,9 +44,9 @@ def test_squad_with_graphs_of_several_lengths_and_accumulation(tmp_path, monkeyp
         write_questions(data / f"{split}.json", count=27, seed=seed, words_of_a_context=(20, 110))
     lengths_captured, capture = set(), MicroStepGraphs.capture
 
-    def record(self, batch, summed):
+    def record(self, batch, *how):
         lengths_captured.add(batch["input_ids"].shape[1])
-        capture(self, batch, summed)
+        capture(self, batch, *how)
 
     monkeypatch.setattr(MicroStepGraphs, "capture", record)
     for name, flags in (("graphs", {}), ("plain", {"cuda_graphs": "False"})):

@@ -77,12 +77,12 @@ def begun(
     return run
 
 
-def step_of(run: PretrainingRun, seed: int = 0) -> tuple[dict[str, torch.Tensor], Counts]:
-    """A step of two micro-steps whose sequences have random lengths, padded or packed as the run wants it."""
+def step_of(run: PretrainingRun, seed: int = 0, micro_steps: int = 2) -> tuple[dict[str, torch.Tensor], Counts]:
+    """A step of micro-steps whose sequences have random lengths, padded or packed as the run wants it."""
     generator, sequences = torch.Generator().manual_seed(seed), run.args.local_batch_size
 
     def below(limit: int, *shape: int, least: int = 0) -> torch.Tensor:
-        return torch.randint(least, limit, (2, sequences, *shape), generator=generator)
+        return torch.randint(least, limit, (micro_steps, sequences, *shape), generator=generator)
 
     lengths = below(LENGTH + 1, least=40)
     attended = (torch.arange(LENGTH) < lengths[..., None]).long()
@@ -95,24 +95,25 @@ def step_of(run: PretrainingRun, seed: int = 0) -> tuple[dict[str, torch.Tensor]
         "masked_labels": torch.where(predicted, below(1000, PREDICTED), -1),
         "next_sentence_labels": below(2),
     }
-    counts = Counts(float(predicted.sum()), 2.0 * sequences, float(lengths.sum()))
+    counts = Counts(float(predicted.sum()), float(micro_steps * sequences), float(lengths.sum()))
     if run.pack_multiple is not None:
         packed = pack_step({name: tensor.numpy() for name, tensor in batch.items()}, run.pack_multiple)
         batch = {name: torch.from_numpy(array) for name, array in packed.items()}
     return {name: tensor.pin_memory() for name, tensor in batch.items()}, counts
 
 
-def gradients_of(run: PretrainingRun, seed: int = 0, step: int = 1) -> tuple[tuple[float, float], dict]:
+def gradients_of(
+    run: PretrainingRun, seed: int = 0, step: int = 1, micro_steps: int = 2
+) -> tuple[tuple[float, float], dict]:
     """Losses and gradients of one step, whose update is left out."""
-    taken, model = {}, run.engine.model
+    taken, optimizer = {}, run.engine.optimizer
 
-    def keep(rate: float) -> None:
-        taken.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        torch._foreach_zero_([p.grad for p in model.parameters()])
+    def keep(*_) -> None:
+        taken.update({name: p.grad.clone() for name, p in run.engine.model.named_parameters()})
 
-    whole_step, run.engine.step = run.engine.step, keep
-    losses = run.losses_of(run.give_step(step, *step_of(run, seed), 0.0))
-    run.engine.step = whole_step
+    update, optimizer.step = optimizer.step, keep
+    losses = run.losses_of(run.give_step(step, *step_of(run, seed, micro_steps), 0.0))
+    optimizer.step = update
     return losses, taken
 
 
@@ -140,6 +141,32 @@ def test_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
         ours = [module.kernels for module in fast.engine.model.modules() if hasattr(module, "kernels")]
         assert fast.short_attention == any(ours) == (what == "all"), "auto did not choose our kernels where it can"
         assert len(fast.engine.graphs.captured) > 1, "all micro-steps had one shape: the test shows less than it says"
+
+
+@pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
+@pytest.mark.parametrize("what", ["cuda_graphs", "all"])
+def test_gradients_that_are_written_are_those_of_the_plain_path(sparsity, what):
+    """Those of a step's only micro-step, between steps that add them up, in graphs of several shapes."""
+    plain, fast = begun(sparsity), begun(sparsity, **(FAST if what == "all" else {what: FAST[what]}))
+    for seed, micro_steps in ((0, 1), (1, 1), (0, 2), (0, 1), (1, 2), (1, 1)):
+        expected_losses, expected = gradients_of(plain, seed, micro_steps=micro_steps)
+        losses, found = gradients_of(fast, seed, micro_steps=micro_steps)
+        assert losses == pytest.approx(expected_losses, rel=5e-3)
+        assert_same_gradients(found, expected, bound=0.03)
+
+
+def test_gradients_that_are_written_take_no_memory_of_their_own():
+    run = begun(DENSE, **FAST)
+    held = []
+    for seed in (0, 1, 2):
+        gradients_of(run, seed, micro_steps=1)
+        held.append(torch.cuda.memory_allocated())
+    assert len(run.engine.graphs.captured) > 2, "all batches had one shape: the test shows less than it says"
+    assert not any(gradient is not None for gradient in run.engine.graphs.sums)
+    of_gradients = sum(p.numel() * p.element_size() for p in run.engine.model.parameters())
+    assert max(held) - held[0] < of_gradients / 2
+    gradients_of(run, 0)
+    assert torch.cuda.memory_allocated() - held[-1] > of_gradients / 2, "the bound above would notice nothing"
 
 
 @pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
@@ -221,7 +248,8 @@ def test_adapters_that_are_there_from_the_start_are_in_the_one_product():
     assert all(gradient.any() for name, gradient in found.items() if name.endswith("lora_right"))
 
 
-def test_training_goes_as_on_the_plain_path_through_the_adapters_switch():
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_training_goes_as_on_the_plain_path_through_the_adapters_switch(micro_steps):
     runs = [begun(SLOPE), begun(SLOPE, **FAST)]
     losses = []
     for run in runs:
@@ -229,7 +257,8 @@ def test_training_goes_as_on_the_plain_path_through_the_adapters_switch():
         for step in range(1, 31):
             if step == 20:
                 run.engine.join_adapters(8, seed=3)
-            found.append(run.losses_of(run.give_step(step, *step_of(run, step % 3), 4e-3))[0])
+            taken = run.give_step(step, *step_of(run, step % 3, micro_steps), 4e-3)
+            found.append(run.losses_of(taken)[0])
         losses.append(found)
         for _, layer in named_layers(run.engine.model):
             assert layer.lora_right.abs().sum() > 0, "the adapters did not learn"

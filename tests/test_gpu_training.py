@@ -112,7 +112,7 @@ def train(engine: Engine, batches: list, join: int = 0, parts: int = 1, order: i
         losses.append(0.0)
         for i, chosen in enumerate(rows.cuda().chunk(parts)):
             part = {name: tensor[chosen] for name, tensor in batch.items()}
-            losses[-1] += engine.micro_step(part, last=i == parts - 1)
+            losses[-1] += engine.micro_step(part, i, parts)
         engine.step(1e-2 * min(1.0, (step + 1) / 20))
     return torch.stack(losses).tolist()
 

@@ -120,23 +120,30 @@ class Engine:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def prepare(self, largest: Callable[[], Batch]) -> None:
-        """Before a micro-step: capture the largest batch there can be, if nothing was captured yet.
+    def prepare(self, largest: Callable[[], Batch], count: int) -> None:
+        """Before a micro-step, one of `count`: capture the largest batch there can be, if nothing was captured yet.
 
         So the graphs of all others fit into its memory, and what is compiled does not depend on which came first.
         """
         if self.graphs is not None and not self.graphs.captured:
-            self.graphs.capture(largest(), self.sums_gradients)
+            self.graphs.capture(largest(), self.sums_gradients, self._alone(count))
 
-    def micro_step(self, batch: Batch, last: bool) -> Tensor:
+    def _alone(self, count: int) -> bool:
+        """Whether a step's gradients are those of one micro-step; over several ranks they are written to buckets."""
+        return count == 1 and not self.sums_gradients
+
+    def micro_step(self, batch: Batch, place: int, count: int) -> Tensor:
         """Forward and backward pass of one micro-batch on the device; gradients add up until `step`.
 
         Args:
-            last: of its step: this one sums the gradients over ranks.
+            place: among the `count` micro-steps of its step, from 0; the last one sums the gradients over ranks.
 
         Returns what the objective wants to be logged, in storage that the next call may overwrite.
         """
-        return (self.graphs or self._forward_and_backward)(batch, last and self.sums_gradients)
+        summed = self.sums_gradients and place == count - 1
+        if self.graphs is None:
+            return self._forward_and_backward(batch, summed)
+        return self.graphs(batch, summed, self._alone(count))
 
     def _forward_and_backward(self, batch: Batch, summed: bool = False) -> Tensor:
         if self.buckets is not None:
@@ -160,8 +167,8 @@ class Engine:
             self.buckets.zero()
         elif self.graphs is None:
             self.optimizer.zero_grad()  # apex's takes no argument
-        else:  # graphs add to gradients in fixed storage
-            torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
+        else:
+            self.graphs.zero()
 
     def join_adapters(self, rank: int, seed: int) -> None:
         """Adapters join: new parameters, a new optimizer group at step 0; nothing else changes, no output either."""

@@ -304,12 +304,13 @@ class PretrainingRun:
         )
         shares = shares.to(device, non_blocking=True)
         parts = [part | {"shares": shares} for part in micro_batches(self.on_device(batch))]
+        count = len(parts)
         if self.pack_multiple is not None:
-            engine.prepare(lambda: fullest_micro_batch(parts[0], self.sequence_length, self.pack_multiple))
+            engine.prepare(lambda: fullest_micro_batch(parts[0], self.sequence_length, self.pack_multiple), count)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for micro_step, part in enumerate(parts):
             seed_dropout(self.args.seed, step, micro_step, self.world.rank)
-            sums += engine.micro_step(part, last=micro_step == len(parts) - 1)
+            sums += engine.micro_step(part, micro_step, count)
         copied = None
         if device.type == "cuda":
             sums = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
