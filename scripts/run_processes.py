@@ -76,6 +76,7 @@ class Processes:
 
     def __init__(self):
         self.running: dict[str, _Running] = {}
+        self.cores_of_slot = 1
         self.received: int | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._stop)
@@ -101,6 +102,7 @@ class Processes:
             UsageError: from a job, as soon as all commands have ended; those of other jobs were told to.
         """
         waiting, rooms = dict(planned), [_Place(place, slots) for place in places]
+        self.cores_of_slot = max(1, (os.cpu_count() or 1) // (len(places) * slots))
         try:
             while waiting or self.running:
                 self._begin_what_can(waiting, rooms, slots)
@@ -144,7 +146,9 @@ class Processes:
         if self.received is not None:
             return
         print("+", shown(command.words), *(() if command.log is None else (">>", command.log)), flush=True)
-        process = start(command.words, place.environment, command.log)
+        # Else each would take all cores for its threads, and waits for those of the others most of its time.
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cores_of_slot * slots))}
+        process = start(command.words, threads | place.environment, command.log)
         place.free -= slots
         running = self.running[name] = _Running(command, process, place, slots)
         if self.received is not None:  # it came while the command was being started

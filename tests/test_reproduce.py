@@ -329,10 +329,11 @@ def test_jobs_run_in_their_order_when_they_are_ready():
 
 
 def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
-    running, most = {"x": [], "y": []}, []
+    running, most, threads = {"x": [], "y": []}, [], {}
 
     class Noted:
         def __init__(self, words, place, log):
+            threads[words[0]] = place["OMP_NUM_THREADS"]
             self.name, self.place, self.polls = words[0], running[place["PLACE"]], 3
             self.place.append(self.name)
             most.append({where: list(names) for where, names in running.items()})
@@ -349,6 +350,8 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
     names = {"a": False, "b": False, "C": True, "d": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_processes, "start", Noted)
+        patch.setattr(os, "cpu_count", lambda: 16)
+        patch.delenv("OMP_NUM_THREADS")
         planned = {name: Planned(job(name), alone=alone) for name, alone in names.items()}
         Processes().run(planned, [{"PLACE": "x"}, {"PLACE": "y"}], 2)
     assert most == [
@@ -357,6 +360,7 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
         {"x": ["C"], "y": []},
         {"x": ["C"], "y": ["d"]},
     ]
+    assert threads == {"a": "4", "b": "4", "C": "8", "d": "4"}, "more threads than cores, or fewer"
 
 
 def test_branches_begin_with_their_checkpoint_and_finetunings_with_the_end_of_their_run(data, tmp_path, monkeypatch):
