@@ -157,6 +157,12 @@ class Packing(NamedTuple):
     short: bool = False
     """Whether kernels/short_attention.py runs it: on a GPU, if no sequence is longer than 128 tokens."""
 
+    def padded(self, scores_TC: Tensor) -> Tensor:
+        """[B, longest, C]: each sequence's scores, and behind its end any others."""
+        place_S = torch.arange(self.longest, device=scores_TC.device)
+        places_BS = (self.firsts[:, None] + place_S).clamp(max=len(scores_TC) - 1)
+        return scores_TC.index_select(0, places_BS.flatten()).unflatten(0, places_BS.shape)
+
 
 Attention = Packing | Tensor | None  # a mask, bool [B, 1, 1, S], goes with padded sequences; None: all of one length
 
@@ -504,7 +510,7 @@ class BertForSequenceClassification(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = _linear(config, config.hidden_size, num_labels)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | Packing | None) -> Tensor:
         """Return the logits [B, C]. The arguments are BertModel's."""
         _, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
         return self.classifier(self.dropout(pooled_BH))
@@ -520,11 +526,17 @@ class BertForQuestionAnswering(nn.Module):
         self.qa_outputs = _linear(config, config.hidden_size, 2)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | None
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | Packing | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the start and the end logits, [B, S] each. The arguments are BertModel's."""
-        hidden_BSH, _ = self.bert(input_ids, token_type_ids, attention_mask)
-        start_BS, end_BS = self.qa_outputs(hidden_BSH).unbind(-1)
+        """Return the start and the end logits, [B, S] each; what stands in the padding means nothing.
+
+        The arguments are BertModel's; with a `Packing`, S is its longest.
+        """
+        hidden, _ = self.bert(input_ids, token_type_ids, attention_mask)
+        scores = self.qa_outputs(hidden)
+        if isinstance(attention_mask, Packing):
+            scores = attention_mask.padded(scores)
+        start_BS, end_BS = scores.unbind(-1)
         return start_BS, end_BS
 
 

@@ -22,8 +22,9 @@ from training.distributed import OutputLock, StopSignal, World, agree, process_g
 from training.errors import UsageError
 from training.flags import (
     Parser,
-    add_block_flags,
+    add_dense_kernels_flag,
     add_graph_flag,
+    add_padding_flags,
     add_precision_flags,
     add_switch,
     parse_flags,
@@ -104,13 +105,8 @@ def parse_arguments(argv: list[str] | None = None):
     speed = parser.add_argument_group("speed")
     add_switch(speed, "--no_compile", "no torch.compile, which a GPU's runs use")
     add_graph_flag(speed)
-    speed.add_argument(
-        "--unpad",
-        default="auto",
-        choices=("auto", "True", "False"),
-        help="compute no padding: sequences lie end to end; auto: on a GPU whose flash attention can run it",
-    )
-    add_block_flags(speed)
+    add_padding_flags(speed)
+    add_dense_kernels_flag(speed)
     sparsity = add_sparsity_flags(parser, add_lora_words=("True", "False", "lazy"))
     sparsity.add_argument(
         "--lazy_lora_fraction", default=0.01, type=real(0, 1), help="share of all steps that lazy adapters train for"

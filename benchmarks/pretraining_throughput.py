@@ -39,7 +39,7 @@ from benchmarks.training_step import MachineReport, machine
 from modeling import BertConfig
 from training.distributed import World, process_group, this_process
 from training.errors import UsageError
-from training.flags import Parser, add_block_flags, add_switch, real, run_door, whole
+from training.flags import Parser, add_attention_flag, add_dense_kernels_flag, add_switch, real, run_door, whole
 
 CONFIG = Path(__file__).resolve().parent.parent / "config" / "bert_large_uncased_config.json"
 VARIANTS = (*OURS, HUGGINGFACE)
@@ -84,7 +84,9 @@ def make_parser() -> Parser:
     parser.add_argument("--accumulation", default=1, type=whole(1), help="micro-steps of a step")
     parser.add_argument("--model_config_file", default=str(CONFIG), metavar="JSON", help="the model's sizes")
     parser.add_argument("--optimizer", default="lamb", choices=("lamb", "fused-lamb"), help="of our variants")
-    add_block_flags(parser.add_argument_group("our variants"))
+    ours = parser.add_argument_group("our variants")
+    add_attention_flag(ours)
+    add_dense_kernels_flag(ours)
     parser.add_argument("--rounds", type=whole(1), help=f"samples of each (default: {ROUNDS}; --quick {QUICK_ROUNDS})")
     parser.add_argument("--sample_seconds", type=real(0), help="of a sample (default: 0.5; with --input_dir 3)")
     parser.add_argument("--profile_steps", default=3, type=whole(0), help="steps that are profiled; 0: none")

@@ -18,9 +18,9 @@ MOST_SHAPES = 64  # that micro-batches of one size come in
 _BY_TOKEN = ("input_ids", "token_type_ids", "positions")  # the packed tensors that are cut where micro-steps end
 
 
-def fill_multiple(local_batch_size: int, sequence_length: int) -> int:
-    """What the tokens of a micro-batch are filled up to a multiple of: 1/64 of its places, at least 128 tokens."""
-    share = -(-local_batch_size * sequence_length // MOST_SHAPES)
+def fill_multiple(local_batch_size: int, sequence_length: int, shapes: int = MOST_SHAPES) -> int:
+    """What the tokens of a micro-batch are filled up to a multiple of: 1/shapes of its places, at least 128 tokens."""
+    share = -(-local_batch_size * sequence_length // shapes)
     return -(-share // ALIGNMENT) * ALIGNMENT
 
 
@@ -41,6 +41,25 @@ def pack_step(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarr
             masked_positions [K, B, P]              places among the T_k tokens; an unused one is the sequence's first
             masked_labels, next_sentence_labels     as they were
     """
+    packed = _pack(batch, multiple)
+    firsts = packed["boundaries"][:, : batch["attention_mask"].shape[1], None]
+    others = {name: batch[name] for name in ("masked_labels", "next_sentence_labels")}
+    return packed | {"masked_positions": batch["masked_positions"] + firsts} | others
+
+
+def pack_examples(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
+    """Padded examples [B, ...] with the padding taken out, as one micro-step of `pack_step`.
+
+    Returns:
+        input_ids, token_type_ids and positions [T], boundaries [B + 1 + F]; the rest as it was.
+    """
+    packed = _pack({name: batch[name][None] for name in ("input_ids", "token_type_ids", "attention_mask")}, multiple)
+    others = {name: array for name, array in batch.items() if name not in packed}
+    return others | {name: packed[name] for name in _BY_TOKEN} | {"boundaries": packed["boundaries"][0]}
+
+
+def _pack(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
+    """The first five arrays of `pack_step`."""
     attended = batch["attention_mask"].astype(bool)
     lengths = attended.sum(-1)
     ends = lengths.cumsum(-1)
@@ -54,9 +73,7 @@ def pack_step(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarr
         name: np.concatenate([_filled(array[k][attended[k]], tokens[k]) for k in range(len(tokens))])
         for name, array in kept.items()
     }
-    masked_positions = batch["masked_positions"] + boundaries[:, : lengths.shape[-1], None]
-    others = {name: batch[name] for name in ("masked_labels", "next_sentence_labels")}
-    return {"tokens": tokens, **packed, "boundaries": boundaries, "masked_positions": masked_positions, **others}
+    return {"tokens": tokens, **packed, "boundaries": boundaries}
 
 
 def _filled(array: np.ndarray, size: int) -> np.ndarray:

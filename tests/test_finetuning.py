@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import subprocess
@@ -54,6 +55,29 @@ def flags(door: str, source, data, output, **changes) -> list[str]:
 
 def trained(output) -> dict:
     return load_checkpoint(output / "finetune_ckpts" / "ckpt_2.pt")
+
+
+# -------------------------------------------------------------------------------------------------------------- padding
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "slope"])
+@pytest.mark.parametrize("door", DOORS)
+def test_without_padding_it_learns_what_it_learns_with(door, sparse, slope, folder, data, tmp_path, monkeypatch):
+    """The last batch of an epoch has fewer rows, and each step two micro-steps."""
+    dimensions, losses, micro_step = {"True": set(), "False": set()}, {}, Engine.micro_step
+    start = {"init_checkpoint": slope, "vocab_file": folder / "vocab.txt"} if sparse else {}
+    for unpad, found in dimensions.items():
+
+        def record(self, batch, *place, found=found):
+            found.add(batch["input_ids"].dim())
+            return micro_step(self, batch, *place)
+
+        monkeypatch.setattr(Engine, "micro_step", record)
+        more = {"unpad": unpad, "train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 9}
+        said = run(door, flags(door, folder, data, tmp_path / unpad, **more, **start))
+        assert ("no padding computed but up to a multiple of 128 tokens" in said) == (unpad == "True")
+        with (tmp_path / unpad / "finetune_metrics.csv").open() as file:
+            losses[unpad] = [float(row["step_loss"]) for row in csv.DictReader(file)]
+    assert dimensions == {"True": {1}, "False": {2}}
+    assert losses["True"] == pytest.approx(losses["False"], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- sparsity

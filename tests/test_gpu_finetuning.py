@@ -11,6 +11,7 @@ from training.graphs import MicroStepGraphs
 
 pytestmark = pytest.mark.gpu
 LONG = {"max_position_embeddings": 256}  # more than one length that batches are padded to
+PLAIN = {"cuda_graphs": "False", "unpad": "False"}
 
 
 def losses(output: Path) -> list[float]:
@@ -29,28 +30,30 @@ def test_glue_with_graphs_learns_what_it_learns_without(tmp_path, sparse):
     if sparse:
         start = {"init_checkpoint": pretrain(tmp_path / "sparse", folder / "vocab.txt")}
         start |= {"vocab_file": folder / "vocab.txt"}
-    for name, flags in (("graphs", {}), ("plain", {"cuda_graphs": "False"})):
+    for name, flags in (("graphs", {}), ("plain", PLAIN)):
         output = tmp_path / name
         run("run_glue", glue(folder, data, output, precision="bf16", max_steps=12, **start, **flags))
     assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
     assert scores(tmp_path / "graphs") == pytest.approx(scores(tmp_path / "plain"), abs=0.11)  # 2 of 20 examples
 
 
-def test_squad_with_graphs_of_several_lengths_and_accumulation(tmp_path, monkeypatch):
+@pytest.mark.parametrize("longest", [128, 256], ids=["attention of ours", "flash"])
+@pytest.mark.parametrize("unpad", ["auto", "False"])
+def test_squad_with_graphs_of_several_shapes_and_accumulation(tmp_path, monkeypatch, unpad, longest):
     """The last batch of an epoch is smaller: a shape of its own."""
     folder, data = make_folder(tmp_path / "model", **LONG), tmp_path / "data"
     data.mkdir()
     for split, seed in (("train", 0), ("dev", 1)):
-        write_questions(data / f"{split}.json", count=27, seed=seed, words_of_a_context=(20, 110))
-    lengths_captured, capture = set(), MicroStepGraphs.capture
+        write_questions(data / f"{split}.json", count=27, seed=seed, words_of_a_context=(20, longest - 18))
+    captured, capture = set(), MicroStepGraphs.capture
 
     def record(self, batch, *how):
-        lengths_captured.add(batch["input_ids"].shape[1])
+        captured.add(batch["input_ids"].shape)
         capture(self, batch, *how)
 
     monkeypatch.setattr(MicroStepGraphs, "capture", record)
-    for name, flags in (("graphs", {}), ("plain", {"cuda_graphs": "False"})):
-        lengths = {"max_seq_length": 128, "doc_stride": 32, "gradient_accumulation_steps": 2, "max_steps": 9}
+    for name, flags in (("graphs", {"unpad": unpad}), ("plain", PLAIN)):
+        lengths = {"max_seq_length": longest, "doc_stride": 32, "gradient_accumulation_steps": 2, "max_steps": 9}
         run("run_squad", squad(folder, data, tmp_path / name, precision="bf16", **lengths, **flags))
-    assert lengths_captured == {64, 128}
+    assert len(captured) > 1 and {len(shape) for shape in captured} == {2 if unpad == "False" else 1}
     assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.03)

@@ -9,7 +9,14 @@ import torch
 from pretraining_runs import LENGTH, VOCAB_SIZE, assembled, make_files, run, values
 from shard_factory import write_shard
 
-from data.packing import fill_multiple, fullest_micro_batch, micro_batches, pack_step, sequence_lengths
+from data.packing import (
+    fill_multiple,
+    fullest_micro_batch,
+    micro_batches,
+    pack_examples,
+    pack_step,
+    sequence_lengths,
+)
 from data.shards import StepDataset
 from modeling import BertConfig
 from training.distributed import World
@@ -58,6 +65,18 @@ def test_every_token_keeps_its_neighbours_its_position_and_its_label():
         assert torch.equal(part["input_ids"][part["masked_positions"]][used], flat[used])
         assert not part["input_ids"][boundaries[3] :].any()
         assert all(0 <= length <= 8 for length in torch.tensor(boundaries).diff().tolist()), "longer than any sequence"
+
+
+def test_examples_are_packed_as_a_micro_step_is():
+    step = pack_step(padded_step(), multiple=16)
+    for k, end in enumerate(step["tokens"].cumsum()):
+        examples = {name: array[k] for name, array in padded_step().items() if not name.startswith(("masked", "next"))}
+        packed = pack_examples(examples | {"labels": np.arange(3)}, multiple=16)
+        for name in ("input_ids", "token_type_ids", "positions"):
+            assert packed[name].tolist() == step[name][end - step["tokens"][k] : end].tolist()
+        assert packed["boundaries"].tolist() == step["boundaries"][k].tolist()
+        assert packed["labels"].tolist() == [0, 1, 2]
+        assert packed["attention_mask"].tolist() == examples["attention_mask"].tolist()
 
 
 def test_the_fullest_micro_batch_has_the_form_of_all_others_and_no_padding():

@@ -10,7 +10,16 @@ from modeling import BertConfig
 from optimization import DECAYS, OPTIMIZERS
 from training.assembly import Source, read_source
 from training.errors import UsageError
-from training.flags import add_graph_flag, add_precision_flags, add_switch, parse_seeds, real, settle_precision, whole
+from training.flags import (
+    add_graph_flag,
+    add_padding_flags,
+    add_precision_flags,
+    add_switch,
+    parse_seeds,
+    real,
+    settle_precision,
+    whole,
+)
 from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
 
 
@@ -66,6 +75,7 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
     work.add_argument("--loss_scale", default=0.0, type=real(), help="0: dynamic loss scaling, the only kind here")
     add_switch(work, "--no_cuda", "run on the CPU")
     add_graph_flag(work)
+    add_padding_flags(work)
     add_sparsity_flags(parser)
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--log_freq", default=50, type=whole(1), help="steps between two lines in the text log")

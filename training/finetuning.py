@@ -1,4 +1,4 @@
-"""The fine-tuning doors' one loop over padded batches: train, resume, predict, on any number of processes."""
+"""The fine-tuning doors' one loop: train, resume, predict, on any number of processes."""
 
 import json
 import math
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.masking import random_key, random_order
+from data.packing import fill_multiple, pack_examples
 from data.stages import write_atomic
+from modeling import Packing
 from optimization import learning_rate
 from training.assembly import build_model
 from training.checkpoint import (
@@ -26,7 +28,7 @@ from training.checkpoint import (
 from training.distributed import OutputLock, StopSignal, World, gather_objects, process_group, sum_over_ranks
 from training.engine import Engine, seed_dropout
 from training.errors import UsageError
-from training.execution import obstacle_to_graphs
+from training.execution import asked_for, obstacle_to_graphs, obstacle_to_short_attention, unpads
 from training.finetune_setup import Setup
 from training.logs import Logger, open_json_lines
 from training.sparsity import SparsityConfig
@@ -36,6 +38,8 @@ METRICS = ["step", "epoch", "step_loss", "average_loss", "learning_rate", "seque
 LOSING_SCORE = -1e4  # of positions in the padding
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, which tensor cores like
 GRAPH_LENGTH_MULTIPLE = 64  # to fewer lengths where each takes a CUDA graph of its own
+PACKED_SHAPES = 32  # at most that batches without padding come in: fewer than in pretraining, whose steps are many more
+SHARES_OF_TOKENS = (0.75, 0.5, 0.25)  # of a batch's places that are none of padding: sparse products are tuned for them
 
 
 class Features(Protocol):
@@ -96,15 +100,30 @@ class FineTuning:
         )
         if self.notes and not args.do_train:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
-        self.execution: list[str] = []  # what runs the sparse products
+        self.execution: list[str] = []  # how micro-steps run
         sequences = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world.size)
+        places, unpadded = sequences * args.max_seq_length, unpads(args, setup.config, setup.sparsity, world)
+        multiple = fill_multiple(sequences, args.max_seq_length, PACKED_SHAPES)
+        self.pack_multiple = multiple if unpadded else None
+        obstacle = obstacle_to_short_attention(setup.config, unpadded, args.max_seq_length, world)
+        short = asked_for("attention", args.attention, obstacle)
         self.engine = Engine(
-            *(model, world, args, sequences * args.max_seq_length, self.execution.append),
+            *(model, world, args, places, self.execution.append),
             # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
-            partial(_objective, losses),
+            partial(_objective, losses, args.max_seq_length, short),
+            other_tokens=[round(share * places) for share in SHARES_OF_TOKENS] if unpadded else (),
             obstacle=obstacle_to_graphs(args, setup.sparsity),
         )
+        if unpadded:
+            kernels = "kernels of ours" if short else "torch's flash attention" if self.on_gpu else "torch"
+            self.execution.append(
+                f"no padding computed but up to a multiple of {multiple} tokens; attention: {kernels}"
+            )
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.world.device.type == "cuda"
 
     def plan(self, total_steps: int) -> None:
         """Set the length of the run, and go on from the newest checkpoint of its directory if there is one."""
@@ -196,34 +215,47 @@ class FineTuning:
     def _take_step(self, step: int, features: Features, rows: np.ndarray, rate: float) -> tuple[float, float]:
         """One optimizer step on `rows`, the same whatever the number of ranks and micro-steps; (mean loss, tokens)."""
         total, micro_steps = 0.0, self.args.gradient_accumulation_steps
-        multiple = GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
         parts = np.array_split(rows, micro_steps * self.world.size)
         for micro_step in range(micro_steps):
             part = parts[micro_step * self.world.size + self.world.rank]
             # A rank without an example still takes part in the averaging, with one that counts nothing.
-            batch = self._batch(features, part if len(part) else rows[:1], multiple)
+            batch = self._training_batch(features, part if len(part) else rows[:1])
             seed_dropout(self.seed, step, micro_step, self.world.rank)
-            batch["share"] = self._on_device(np.float32((len(part) > 0) / len(rows)))
+            batch |= self._on_device({"share": np.float32((len(part) > 0) / len(rows))})
             self.engine.prepare(partial(self._fullest, batch, features, parts[0]), micro_steps)
             total = total + self.engine.micro_step(batch, micro_step, micro_steps)
         self.engine.step(rate)
         (loss,) = sum_over_ranks(self.world, [total.item()])
         return loss, float(features.lengths[rows].sum())
 
+    def _training_batch(self, features: Features, rows: np.ndarray, full: bool = False) -> Batch:
+        """End to end, or padded to one of a few lengths.
+
+        Args:
+            full: as if each row were as long as `--max_seq_length` allows.
+        """
+        most = self.args.max_seq_length
+        if self.pack_multiple is None:
+            length_multiple = most if full else GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
+            return self._batch(features, rows, length_multiple)
+        arrays = features.batch(rows, most)
+        if full:
+            arrays["attention_mask"] = np.ones_like(arrays["attention_mask"])
+        return self._on_device(pack_examples(arrays, self.pack_multiple))
+
     def _batch(self, features: Features, rows: np.ndarray, multiple: int = LENGTH_MULTIPLE) -> Batch:
         """Padded to the next multiple of the longest of the rows, but to no more than `--max_seq_length`."""
-        arrays = padded_batch(features, rows, self.args.max_seq_length, multiple)
-        return {name: self._on_device(array) for name, array in arrays.items()}
+        return self._on_device(padded_batch(features, rows, self.args.max_seq_length, multiple))
 
     def _fullest(self, like: Batch, features: Features, rows: np.ndarray) -> Batch:
-        return self._batch(features, rows, self.args.max_seq_length) | {"share": like["share"]}
+        return self._training_batch(features, rows, full=True) | {"share": like["share"]}
 
-    def _on_device(self, array: np.ndarray) -> Tensor:
+    def _on_device(self, arrays: dict[str, np.ndarray]) -> Batch:
         """Without waiting for the device, as a copy from pageable memory would."""
-        tensor = torch.as_tensor(array)
-        if self.world.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.world.device, non_blocking=True)
+        tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        if self.on_gpu:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def predict(self, features: Features, batch_size: int, width: int, what: str) -> np.ndarray:
@@ -238,7 +270,8 @@ class FineTuning:
         quiet = self.args.disable_progress_bar or not self.world.is_main
         for part in tqdm(mine, desc=what, unit="batch", disable=quiet):
             with self.engine.autocast():
-                outputs = _outputs(model, self._batch(features, part))
+                batch = self._batch(features, part)
+                outputs = _outputs(model, batch, batch["attention_mask"])
             outputs = torch.stack(outputs if isinstance(outputs, tuple) else (outputs,), 1)
             found.append((part, outputs.float().cpu().numpy()))
         everything = [pair for pairs in gather_objects(self.world, found) for pair in pairs]
@@ -268,13 +301,22 @@ def _described(sparsity: SparsityConfig) -> str:
     return ", ".join(f"{k} {v}" for k, v in sparsity.to_dict().items() if v != plain[k]) or "dense"
 
 
-def _outputs(model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, ...]:
-    return model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+def _outputs(model: nn.Module, batch: Batch, attention: Packing | Tensor) -> Tensor | tuple[Tensor, ...]:
+    return model(batch["input_ids"], batch["token_type_ids"], attention)
 
 
-def _objective(losses: Callable, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A micro-batch's share of the mean loss over the step's examples, twice; `losses` is the job's."""
-    share = losses(_outputs(model, batch), batch).sum() * batch["share"]
+def _objective(losses: Callable, longest: int, short: bool, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A micro-batch's share of the mean loss over the step's examples, twice.
+
+    Args:
+        losses: the job's.
+        longest, short: see `Packing`.
+    """
+    attention = batch["attention_mask"]
+    if "boundaries" in batch:
+        firsts = batch["boundaries"][: len(attention)]
+        attention = Packing(batch["boundaries"].int(), firsts, batch["positions"], longest, short)
+    share = losses(_outputs(model, batch, attention), batch).sum() * batch["share"]
     return share, share
 
 

@@ -131,8 +131,17 @@ def add_graph_flag(group) -> None:
     )
 
 
-def add_block_flags(group) -> None:
-    """What runs the parts of a block that are no products."""
+def add_padding_flags(group) -> None:
+    group.add_argument(
+        "--unpad",
+        default="auto",
+        choices=("auto", "True", "False"),
+        help="compute no padding: sequences lie end to end; auto: on a GPU whose flash attention can run it",
+    )
+    add_attention_flag(group)
+
+
+def add_attention_flag(group) -> None:
     group.add_argument(
         "--attention",
         default="auto",
@@ -140,6 +149,9 @@ def add_block_flags(group) -> None:
         help="what runs it where no padding is computed: torch's flash attention, or kernels of ours for sequences of "
         "up to 128 tokens; auto: ours where they can",
     )
+
+
+def add_dense_kernels_flag(group) -> None:
     group.add_argument(
         "--dense_kernels",
         nargs="?",
