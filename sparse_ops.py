@@ -51,13 +51,16 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
         A bool mask of the same shape with exactly `n` True in each group. Deterministic on every device, which
         `topk` is not where scores tie.
     """
-    groups = scores.movedim(dim, -1).unflatten(-1, (-1, m))
-    earlier = torch.arange(m, device=scores.device)
-    rank = torch.zeros(groups.shape, dtype=torch.int16, device=scores.device)
-    for position in range(m):  # how many of the group go before each one: m passes, no m-fold copy
-        other = groups[..., position : position + 1]
-        rank += (other > groups) | ((other == groups) & (position < earlier))
-    return (rank < n).flatten(-2).movedim(-1, dim)
+    # A plane for each place in the group, so that every comparison of two places reads memory in order.
+    dim %= scores.dim()
+    planes = scores.unflatten(dim, (-1, m)).movedim(dim + 1, 0).contiguous()
+    rank = torch.zeros(planes.shape, dtype=torch.int16, device=scores.device)  # how many of the group go before each
+    for early in range(m):
+        for late in range(early + 1, m):
+            late_first = planes[late] > planes[early]
+            rank[early] += late_first
+            rank[late] += ~late_first
+    return (rank < n).movedim(0, dim + 1).flatten(dim, dim + 1)
 
 
 def unstructured_mask(scores: Tensor, sparsity: float) -> Tensor:
