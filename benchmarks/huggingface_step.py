@@ -6,6 +6,7 @@ host keeps a step ahead: both are more than its own trainer does.
 """
 
 import importlib.util
+import math
 from collections import deque
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from benchmarks.training_step import SharedGraphs, random_batch
 from modeling import BertConfig
 from training.distributed import World
-from training.engine import DTYPES
+from training.engine import DTYPES, OnItsWay
 
 IGNORED = -100  # the label of a token that is not predicted, in Hugging Face's models
 
@@ -80,15 +81,15 @@ class HuggingFaceStep:
         return len(self.batch["input_ids"])
 
     def take(self, count: int = 1) -> None:
-        under_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        under_way: deque[OnItsWay] = deque()
         for _ in range(count):
             under_way.append(self._give_step())
             while len(under_way) > 1:
-                self._wait_for(*under_way.popleft())
-        for given in under_way:
-            self._wait_for(*given)
+                self._wait_for(under_way.popleft())
+        for loss in under_way:
+            self._wait_for(loss)
 
-    def _give_step(self) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _give_step(self) -> OnItsWay:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.batch.items()}
         total = torch.zeros((), device=self.device)
         for micro_step in range(self.accumulation):
@@ -97,20 +98,14 @@ class HuggingFaceStep:
                 total += self._forward_and_backward(part)
             else:
                 total += self.graphs(part, alone=self.accumulation == 1)
-        copied = None
-        if self.device.type == "cuda":
-            total = torch.empty_like(total, device="cpu", pin_memory=True).copy_(total, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+        loss = OnItsWay.of(total)
         self.optimizer.step()
         if self.graphs is None:
             self.optimizer.zero_grad()
         else:
             self.graphs.zero()
-        return total, copied
+        return loss
 
-    def _wait_for(self, loss: Tensor, copied: torch.cuda.Event | None) -> None:
-        if copied is not None:
-            copied.synchronize()
-        if not loss.isfinite():
+    def _wait_for(self, loss: OnItsWay) -> None:
+        if not math.isfinite(loss.read()):
             raise RuntimeError("the loss of Hugging Face's model is not finite")

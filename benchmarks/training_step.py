@@ -24,6 +24,7 @@ from run_pretraining import PretrainingRun, parse_arguments
 from sparse_ops import add_adapters
 from training.assembly import build_model
 from training.distributed import World
+from training.engine import STEPS_AHEAD
 from training.graphs import MicroStepGraphs
 from training.pretraining import TakenStep
 from training.sparsity import SparsityConfig, sparsity_from_flags
@@ -81,7 +82,7 @@ class Stepping(PretrainingRun):
 
     def take(self, count: int = 1) -> None:
         """Take so many steps. On a GPU the last one's optimizer step may still be under way."""
-        ahead = self.STEPS_AHEAD[self.world.device.type]
+        ahead = STEPS_AHEAD[self.world.device.type]
         under_way: deque[TakenStep] = deque()
         for _ in range(count):
             batch, counts = self.next_batch(self.loader, NOT_STOPPED)

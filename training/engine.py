@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch._dynamo
@@ -30,6 +31,7 @@ from training.graphs import Batch, MicroStepGraphs
 
 # What one compilation may be made anew for: kinds of layers, adapters that join, batches of other shapes.
 RECOMPILATIONS = 64
+STEPS_AHEAD = {"cuda": 1, "cpu": 0}  # that a device is given before one's losses are read
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,6 +192,29 @@ class Engine:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.refresh.load_state_dict(state["refresh"])
+
+
+@dataclass(frozen=True)
+class OnItsWay:
+    """A small tensor that is copied to the host, while the device and the host go on."""
+
+    tensor: Tensor
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "OnItsWay":
+        if tensor.device.type != "cuda":
+            return cls(tensor, None)
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return cls(copy, copied)
+
+    def read(self) -> list | float:
+        """Its numbers, once they are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tensor.tolist()
 
 
 def seed_dropout(*position: int) -> None:

@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +28,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.distributed import OutputLock, StopSignal, World, gather_objects, process_group, sum_over_ranks
-from training.engine import Engine, seed_dropout
+from training.engine import STEPS_AHEAD, Engine, OnItsWay, seed_dropout
 from training.errors import UsageError
 from training.execution import asked_for, obstacle_to_graphs, obstacle_to_short_attention, unpads
 from training.finetune_setup import Setup
@@ -66,6 +68,18 @@ class LabelledFeatures:
         batch = {name: cut(name) for name in ("input_ids", "token_type_ids")}
         batch["attention_mask"] = (np.arange(length) < self.lengths[rows, None]).astype(np.int64)
         return batch if self.labels is None else batch | {"labels": self.labels[rows]}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A step that the device was given, and may still be working on."""
+
+    step: int
+    rate: float
+    loss: OnItsWay
+    """This rank's share."""
+    examples: int
+    tokens: int
 
 
 class FineTuning:
@@ -168,40 +182,44 @@ class FineTuning:
             logger.text(line)
         logger.start_bar(1, self.total_steps, done=self.step, disable=self.args.disable_progress_bar)
         self.engine.model.train()
+        under_way: deque[_Given] = deque()
+        self.clock = time.perf_counter()
         for step in range(self.step + 1, self.total_steps + 1):
-            started = time.perf_counter()
             (stopped,) = sum_over_ranks(self.world, [float(stop.received is not None)])
             if stopped:
+                self._finish_steps(under_way, features, logger)
                 self.save()
                 logger.text(f"stopped after step {self.step}; run again to go on")
                 return False
-            rate = learning_rate(
-                step,
-                base=self.args.learning_rate,
-                total_steps=self.total_steps,
-                warmup_proportion=self.args.warmup_proportion,
-                decay=self.args.lr_decay,
-            )
-            rows = self._rows(step, len(features.lengths))
-            loss, tokens = self._take_step(step, features, rows, rate)
-            self.step, self.loss_total = step, self.loss_total + loss
-            seconds = time.perf_counter() - started
-            metrics = {
-                "epoch": (step - 1) // self._steps_per_epoch(len(features.lengths)),
-                "step_loss": loss,
-                "average_loss": self.loss_total / step,
-                "learning_rate": rate,
-                "sequences_per_second": len(rows) / seconds,
-                "tokens_per_second": tokens / seconds,
-            }
-            logger.step(step, metrics)
-            if step % self.args.log_freq == 0 or step == self.total_steps:
-                logger.text(
-                    f"step {step} of {self.total_steps}: loss {loss:.4f}, average {metrics['average_loss']:.4f}"
-                )
-            if step % self.args.num_steps_per_checkpoint == 0 or step == self.total_steps:
+            under_way.append(self._give_step(step, features))
+            saves = step % self.args.num_steps_per_checkpoint == 0 or step == self.total_steps
+            ahead = 0 if saves else STEPS_AHEAD[self.world.device.type]
+            self._finish_steps(under_way, features, logger, but=ahead)
+            if saves:
                 self.save()
+                self.clock = time.perf_counter()
         return True
+
+    def _finish_steps(self, under_way: deque[_Given], features: Features, logger: Logger, but: int = 0) -> None:
+        """Wait for the losses of all that are under way but the last `but`, and log them."""
+        while len(under_way) > but:
+            given = under_way.popleft()
+            (loss,) = sum_over_ranks(self.world, [given.loss.read()])
+            self.loss_total += loss
+            now = time.perf_counter()
+            seconds, self.clock = now - self.clock, now
+            metrics = {
+                "epoch": (given.step - 1) // self._steps_per_epoch(len(features.lengths)),
+                "step_loss": loss,
+                "average_loss": self.loss_total / given.step,
+                "learning_rate": given.rate,
+                "sequences_per_second": given.examples / seconds,
+                "tokens_per_second": given.tokens / seconds,
+            }
+            logger.step(given.step, metrics)
+            if given.step % self.args.log_freq == 0 or given.step == self.total_steps:
+                average = f"{metrics['average_loss']:.4f}"
+                logger.text(f"step {given.step} of {self.total_steps}: loss {loss:.4f}, average {average}")
 
     def _steps_per_epoch(self, examples: int) -> int:
         return math.ceil(examples / self.args.train_batch_size)
@@ -212,9 +230,17 @@ class FineTuning:
         order = random_order(random_key(self.seed, epoch), examples)
         return order[place * self.args.train_batch_size : (place + 1) * self.args.train_batch_size]
 
-    def _take_step(self, step: int, features: Features, rows: np.ndarray, rate: float) -> tuple[float, float]:
-        """One optimizer step on `rows`, the same whatever the number of ranks and micro-steps; (mean loss, tokens)."""
-        total, micro_steps = 0.0, self.args.gradient_accumulation_steps
+    def _give_step(self, step: int, features: Features) -> _Given:
+        """Give the device one optimizer step, the same whatever the number of ranks and micro-steps."""
+        rate = learning_rate(
+            step,
+            base=self.args.learning_rate,
+            total_steps=self.total_steps,
+            warmup_proportion=self.args.warmup_proportion,
+            decay=self.args.lr_decay,
+        )
+        rows = self._rows(step, len(features.lengths))
+        total, micro_steps = torch.zeros((), device=self.world.device), self.args.gradient_accumulation_steps
         parts = np.array_split(rows, micro_steps * self.world.size)
         for micro_step in range(micro_steps):
             part = parts[micro_step * self.world.size + self.world.rank]
@@ -223,10 +249,11 @@ class FineTuning:
             seed_dropout(self.seed, step, micro_step, self.world.rank)
             batch |= self._on_device({"share": np.float32((len(part) > 0) / len(rows))})
             self.engine.prepare(partial(self._fullest, batch, features, parts[0]), micro_steps)
-            total = total + self.engine.micro_step(batch, micro_step, micro_steps)
+            total += self.engine.micro_step(batch, micro_step, micro_steps)
+        loss = OnItsWay.of(total)
         self.engine.step(rate)
-        (loss,) = sum_over_ranks(self.world, [total.item()])
-        return loss, float(features.lengths[rows].sum())
+        self.step = step
+        return _Given(step, rate, loss, len(rows), int(features.lengths[rows].sum()))
 
     def _training_batch(self, features: Features, rows: np.ndarray, full: bool = False) -> Batch:
         """End to end, or padded to one of a few lengths.

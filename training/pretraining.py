@@ -18,7 +18,7 @@ from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
 from training.distributed import StopSignal, World, agree, sum_over_ranks
-from training.engine import Engine, seed_dropout
+from training.engine import STEPS_AHEAD, Engine, OnItsWay, seed_dropout
 from training.errors import UsageError
 from training.execution import (
     asked_for,
@@ -66,15 +66,12 @@ class TakenStep:
     adapters: bool
     loss_scale: float
     """Of the next step."""
-    sums: Tensor
-    """Summed MLM and next-sentence losses of this rank, on the host as soon as `copied`."""
-    copied: torch.cuda.Event | None
+    sums: OnItsWay
+    """Summed MLM and next-sentence losses of this rank."""
 
 
 class PretrainingRun:
     """One run of one phase on this rank: `train` goes from the step after `start` to the phase's end."""
-
-    STEPS_AHEAD = {"cuda": 1, "cpu": 0}  # that a device is given before one's losses are read
 
     def __init__(self, args, config: BertConfig, world: World, start: Start, sparsity, model, shards, heldout):
         self.args, self.config, self.world, self.start, self.sparsity = args, config, world, start, sparsity
@@ -176,7 +173,7 @@ class PretrainingRun:
         loader = step_loader(self.dataset, self.args.num_workers, pin_memory=self.world.device.type == "cuda")
         first, last = self.start.phase_start + 1, self.start.phase_end
         logger.start_bar(first, last, done=self.step - first + 1, disable=self.args.disable_progress_bar)
-        ahead = self.STEPS_AHEAD[self.world.device.type]
+        ahead = STEPS_AHEAD[self.world.device.type]
         under_way: deque[TakenStep] = deque()
         self.clock = time.perf_counter()
         for step in range(self.step + 1, last + 1):
@@ -311,15 +308,11 @@ class PretrainingRun:
         for micro_step, part in enumerate(parts):
             seed_dropout(self.args.seed, step, micro_step, self.world.rank)
             sums += engine.micro_step(part, micro_step, count)
-        copied = None
-        if device.type == "cuda":
-            sums = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+        on_its_way = OnItsWay.of(sums)
         engine.step(rate)
         self.step, self.samples = step, self.samples + self.args.global_batch_size
         adapters, scale = self.sparsity.lora_rank > 0, engine.scaler.get_scale()
-        return TakenStep(step, self.samples, counts, rate, waited, adapters, scale, sums, copied)
+        return TakenStep(step, self.samples, counts, rate, waited, adapters, scale, on_its_way)
 
     def objective(self, model, part: Batch) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the loss, the global means of both losses added up; and its two sums of losses."""
@@ -345,9 +338,7 @@ class PretrainingRun:
         Raises:
             UsageError: when one is not finite, which loss scaling alone has a way to deal with.
         """
-        if taken.copied is not None:
-            taken.copied.synchronize()
-        mlm_sum, nsp_sum = sum_over_ranks(self.world, taken.sums.tolist())
+        mlm_sum, nsp_sum = sum_over_ranks(self.world, taken.sums.read())
         losses = mlm_sum / max(taken.counts.masked_tokens, 1), nsp_sum / max(taken.counts.sentence_labels, 1)
         if not math.isfinite(sum(losses)) and not self.engine.scaler.is_enabled():
             raise UsageError(
