@@ -138,12 +138,12 @@ def test_mnli_has_two_dev_sets(folder, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the same run, otherwise
-@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (7, 2), (3, 4)])
-def test_two_processes_train_as_one_does(folder, sst2, tmp_path, batch, accumulation):
-    """7 in 2 micro-steps of 2 ranks are parts of 2, 2, 2 and 1; 3 in 4 leave most parts empty."""
+@pytest.mark.parametrize(("batch", "accumulation", "unpad"), [(8, 1, "False"), (7, 2, "True"), (3, 4, "True")])
+def test_two_processes_train_as_one_does(folder, sst2, tmp_path, batch, accumulation, unpad):
+    """7 in 2 micro-steps of 2 ranks are parts of 2, 2, 2 and 1; 3 in 4 leave most parts empty. One pads, as ever."""
     flags = {"train_batch_size": batch, "do_predict": True, "max_steps": 8}
     runs.run(GLUE, glue(folder, sst2, tmp_path / "one", **flags))
-    two = glue(folder, sst2, tmp_path / "two", **flags, gradient_accumulation_steps=accumulation)
+    two = glue(folder, sst2, tmp_path / "two", **flags, gradient_accumulation_steps=accumulation, unpad=unpad)
     ended = runs.run_apart(GLUE, two, ranks=2)
     assert [end.code for end in ended] == [0, 0], ended
     assert runs.losses(tmp_path / "two") == pytest.approx(runs.losses(tmp_path / "one"), rel=1e-3)

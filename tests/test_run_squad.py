@@ -113,10 +113,10 @@ def test_training_learns_to_answer(folder, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the same run, otherwise
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_two_processes_train_as_one_does(folder, data, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "unpad"), [(1, "False"), (3, "True")])
+def test_two_processes_train_as_one_does(folder, data, tmp_path, accumulation, unpad):
     runs.run(SQUAD, squad(folder, data, tmp_path / "one"))
-    flags = squad(folder, data, tmp_path / "two", gradient_accumulation_steps=accumulation)
+    flags = squad(folder, data, tmp_path / "two", gradient_accumulation_steps=accumulation, unpad=unpad)
     ended = runs.run_apart(SQUAD, flags, ranks=2)
     assert [end.code for end in ended] == [0, 0], ended
     assert runs.losses(tmp_path / "two") == pytest.approx(runs.losses(tmp_path / "one"), rel=1e-3)
