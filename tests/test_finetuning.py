@@ -80,6 +80,21 @@ def test_without_padding_it_learns_what_it_learns_with(door, sparse, slope, fold
     assert losses["True"] == pytest.approx(losses["False"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"compile": True}, "--compile: only what a GPU runs is compiled; leave it out"),
+        ({"cuda_graphs": "True"}, "--cuda_graphs True: cannot run with a CPU; leave it out"),
+        ({"attention": "short"}, "--attention short: cannot run with a CPU; leave it out"),
+        ({"dense_kernels": "True"}, "--dense_kernels True: cannot run without a GPU's compiled blocks; leave it out"),
+    ],
+)
+def test_what_a_cpu_cannot_run_is_an_error(changes, said, folder, data, tmp_path):
+    for door in DOORS:
+        assert said in runs.refused(door, flags(door, folder, data, tmp_path, no_cuda=True, **changes))
+    assert not any(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------------------- sparsity
 @pytest.mark.parametrize("door", DOORS)
 def test_masks_and_adapters_of_a_checkpoint_stay(door, slope, folder, data, tmp_path):

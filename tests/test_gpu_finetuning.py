@@ -30,11 +30,12 @@ def test_glue_with_graphs_learns_what_it_learns_without(tmp_path, sparse):
     if sparse:
         start = {"init_checkpoint": pretrain(tmp_path / "sparse", folder / "vocab.txt")}
         start |= {"vocab_file": folder / "vocab.txt"}
-    for name, flags in (("graphs", {}), ("plain", PLAIN)):
+    for name, flags in (("graphs", {}), ("compiled", {"compile": True}), ("plain", PLAIN)):
         output = tmp_path / name
         run("run_glue", glue(folder, data, output, precision="bf16", max_steps=12, **start, **flags))
-    assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
-    assert scores(tmp_path / "graphs") == pytest.approx(scores(tmp_path / "plain"), abs=0.11)  # 2 of 20 examples
+    for name in ("graphs", "compiled"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=0.02), name
+        assert scores(tmp_path / name) == pytest.approx(scores(tmp_path / "plain"), abs=0.11)  # 2 of 20 examples
 
 
 @pytest.mark.parametrize("longest", [128, 256], ids=["attention of ours", "flash"])

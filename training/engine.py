@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from kernels.backends import select_backends
 from kernels.build import KernelsUnavailable
+from kernels.joint import join
+from modeling import compiled_parts, encoder_blocks, use_kernels
 from optimization import (
     Lamb,
     add_adapter_group,
@@ -25,7 +27,7 @@ from optimization import (
 )
 from sparse_ops import OperandRefresh, add_adapters
 from training.distributed import World
-from training.execution import captures
+from training.execution import Execution, captures
 from training.gradients import GradientBuckets
 from training.graphs import Batch, MicroStepGraphs
 
@@ -192,6 +194,40 @@ class Engine:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.refresh.load_state_dict(state["refresh"])
+
+
+def engine_for(
+    model: nn.Module,
+    execution: Execution,
+    world: World,
+    args,
+    objective: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+) -> Engine:
+    """The engine of a BERT whose micro-steps go as `execution` says; what became of that is added to its notes.
+
+    The arguments are `Engine`'s.
+    """
+    if execution.dense_kernels:
+        use_kernels(model)
+    unpadded = execution.pack_multiple is not None
+    engine = Engine(
+        *(model, world, args, execution.places, execution.notes.append, objective),
+        other_tokens=execution.other_tokens,
+        compiled=compiled_parts(model) if execution.compiled else (),
+        dynamic=unpadded,
+        obstacle=execution.obstacle_to_graphs,
+    )
+    if execution.short_attention:
+        tokens = [execution.places, *execution.other_tokens]
+        joined = sum(join(block.attention.self.projections(), tokens) for _, block in encoder_blocks(model))
+        together = f", query, key and value in one 2:4 product in {joined} blocks" if joined else ""
+        execution.notes.append(f"attention of short sequences by kernels of ours{together}")
+    padding = f"no padding computed but up to a multiple of {execution.pack_multiple} tokens"
+    execution.notes.append(
+        f"{'compiled' if execution.compiled else 'not compiled'}, {'with' if engine.captured else 'without'} CUDA "
+        f"graphs, {padding if unpadded else 'padding computed'}"
+    )
+    return engine
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ Each function raises a UsageError, which names the flag, where it is asked for w
 """
 
 import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from data.packing import MOST_SHAPES, fill_multiple
 from kernels.build import KernelsUnavailable
 from modeling import BertConfig
 from training.distributed import World
@@ -103,3 +106,66 @@ def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int
         f"attention heads of size {head}": head not in HEAD_SIZES,
     }
     return next((f"cannot run with {reason}" for reason, given in reasons.items() if given), "")
+
+
+# -------------------------------------------------------------------------------------------------------- all together
+@dataclass(frozen=True)
+class Execution:
+    """How a run's micro-steps go."""
+
+    places: int
+    """Tokens of a micro-batch on this rank, at most."""
+    other_tokens: Sequence[int]
+    """Of those with less padding than none: what sparse products are tuned for too."""
+    pack_multiple: int | None
+    """What the tokens that lie end to end are filled up to a multiple of; None: they are padded."""
+    short_attention: bool
+    compiled: bool
+    dense_kernels: bool
+    obstacle_to_graphs: str
+    notes: list[str] = field(default_factory=list)
+    """What the log begins with."""
+
+
+def settle_execution(
+    args,
+    config: BertConfig,
+    sparsity: SparsityConfig,
+    world: World,
+    *,
+    sequences: int,
+    length: int,
+    longest: int | None = None,
+    compiled: bool,
+    shapes: int = MOST_SHAPES,
+    shares: Sequence[float] = (),
+) -> Execution:
+    """What the flags `unpad, attention, dense_kernels, cuda_graphs` ask for, as far as the device can.
+
+    Args:
+        sequences, length: of a micro-batch on this rank, at most.
+        longest: tokens of any sequence, where evaluations have longer ones.
+        compiled: whether blocks are, on a GPU.
+        shapes: see `fill_multiple`.
+        shares: of a micro-batch's places that are usual where no padding is computed.
+    """
+    on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
+    unpadded, compiled = unpads(args, config, sparsity, world), compiled and on_gpu
+    obstacle = obstacle_to_short_attention(config, unpadded, longest or length, world)
+    short = asked_for("attention", args.attention, obstacle)
+    if unpadded and on_gpu and not short:
+        notes.append(f"torch's flash attention, not kernels of ours ({obstacle or '--attention flash'})")
+    obstacle = obstacle_to_dense_kernels(compiled, world)
+    dense_kernels = asked_for("dense_kernels", args.dense_kernels, obstacle)
+    if compiled and not dense_kernels:
+        notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
+    return Execution(
+        places=places,
+        other_tokens=[round(share * places) for share in shares] if unpadded else [],
+        pack_multiple=fill_multiple(sequences, length, shapes) if unpadded else None,
+        short_attention=short,
+        compiled=compiled,
+        dense_kernels=dense_kernels,
+        obstacle_to_graphs=obstacle_to_graphs(args, sparsity),
+        notes=notes,
+    )

@@ -11,6 +11,7 @@ from optimization import DECAYS, OPTIMIZERS
 from training.assembly import Source, read_source
 from training.errors import UsageError
 from training.flags import (
+    add_dense_kernels_flag,
     add_graph_flag,
     add_padding_flags,
     add_precision_flags,
@@ -74,8 +75,10 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
     add_switch(work, "--amp", "the same as --fp16")
     work.add_argument("--loss_scale", default=0.0, type=real(), help="0: dynamic loss scaling, the only kind here")
     add_switch(work, "--no_cuda", "run on the CPU")
+    add_switch(work, "--compile", "torch.compile for the blocks, on a GPU: takes some 20 seconds before the first step")
     add_graph_flag(work)
     add_padding_flags(work)
+    add_dense_kernels_flag(work)
     add_sparsity_flags(parser)
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--log_freq", default=50, type=whole(1), help="steps between two lines in the text log")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.masking import random_key, random_order
-from data.packing import fill_multiple, pack_examples
+from data.packing import pack_examples
 from data.stages import write_atomic
 from modeling import Packing
 from optimization import learning_rate
@@ -28,9 +28,9 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.distributed import OutputLock, StopSignal, World, gather_objects, process_group, sum_over_ranks
-from training.engine import STEPS_AHEAD, Engine, OnItsWay, seed_dropout
+from training.engine import STEPS_AHEAD, OnItsWay, engine_for, seed_dropout
 from training.errors import UsageError
-from training.execution import asked_for, obstacle_to_graphs, obstacle_to_short_attention, unpads
+from training.execution import settle_execution
 from training.finetune_setup import Setup
 from training.logs import Logger, open_json_lines
 from training.sparsity import SparsityConfig
@@ -114,25 +114,20 @@ class FineTuning:
         )
         if self.notes and not args.do_train:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
-        self.execution: list[str] = []  # how micro-steps run
+        if args.compile and not self.on_gpu:
+            raise UsageError("--compile: only what a GPU runs is compiled; leave it out")
         sequences = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world.size)
-        places, unpadded = sequences * args.max_seq_length, unpads(args, setup.config, setup.sparsity, world)
-        multiple = fill_multiple(sequences, args.max_seq_length, PACKED_SHAPES)
-        self.pack_multiple = multiple if unpadded else None
-        obstacle = obstacle_to_short_attention(setup.config, unpadded, args.max_seq_length, world)
-        short = asked_for("attention", args.attention, obstacle)
-        self.engine = Engine(
-            *(model, world, args, places, self.execution.append),
-            # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
-            partial(_objective, losses, args.max_seq_length, short),
-            other_tokens=[round(share * places) for share in SHARES_OF_TOKENS] if unpadded else (),
-            obstacle=obstacle_to_graphs(args, setup.sparsity),
+        self.execution = settle_execution(
+            *(args, setup.config, setup.sparsity, world),
+            sequences=sequences,
+            length=args.max_seq_length,
+            compiled=args.compile,
+            shapes=PACKED_SHAPES,
+            shares=SHARES_OF_TOKENS,
         )
-        if unpadded:
-            kernels = "kernels of ours" if short else "torch's flash attention" if self.on_gpu else "torch"
-            self.execution.append(
-                f"no padding computed but up to a multiple of {multiple} tokens; attention: {kernels}"
-            )
+        # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
+        objective = partial(_objective, losses, args.max_seq_length, self.execution.short_attention)
+        self.engine = engine_for(model, self.execution, world, args, objective)
         self.step, self.total_steps, self.loss_total = 0, 0, 0.0
 
     @property
@@ -178,7 +173,7 @@ class FineTuning:
 
     def train(self, features: Features, logger: Logger, stop: StopSignal) -> bool:
         """Take the steps that are left. Returns whether the run is finished, and not stopped by a signal."""
-        for line in self.notes + self.execution:
+        for line in self.notes + self.execution.notes:
             logger.text(line)
         logger.start_bar(1, self.total_steps, done=self.step, disable=self.args.disable_progress_bar)
         self.engine.model.train()
@@ -262,13 +257,13 @@ class FineTuning:
             full: as if each row were as long as `--max_seq_length` allows.
         """
         most = self.args.max_seq_length
-        if self.pack_multiple is None:
+        if self.execution.pack_multiple is None:
             length_multiple = most if full else GRAPH_LENGTH_MULTIPLE if self.engine.captured else LENGTH_MULTIPLE
             return self._batch(features, rows, length_multiple)
         arrays = features.batch(rows, most)
         if full:
             arrays["attention_mask"] = np.ones_like(arrays["attention_mask"])
-        return self._on_device(pack_examples(arrays, self.pack_multiple))
+        return self._on_device(pack_examples(arrays, self.execution.pack_multiple))
 
     def _batch(self, features: Features, rows: np.ndarray, multiple: int = LENGTH_MULTIPLE) -> Batch:
         """Padded to the next multiple of the longest of the rows, but to no more than `--max_seq_length`."""
@@ -296,7 +291,8 @@ class FineTuning:
         mine, found = batches[self.world.rank :: self.world.size], []
         quiet = self.args.disable_progress_bar or not self.world.is_main
         for part in tqdm(mine, desc=what, unit="batch", disable=quiet):
-            with self.engine.autocast():
+            # Not compiled for it: each length would be another compilation.
+            with torch.compiler.set_stance("force_eager"), self.engine.autocast():
                 batch = self._batch(features, part)
                 outputs = _outputs(model, batch, batch["attention_mask"])
             outputs = torch.stack(outputs if isinstance(outputs, tuple) else (outputs,), 1)

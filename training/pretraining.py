@@ -10,23 +10,16 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch, StepLoader, step_loader
-from data.packing import fill_multiple, fullest_micro_batch, micro_batches, sequence_lengths
+from data.packing import fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
-from kernels.joint import join
-from modeling import BertConfig, Packing, compiled_parts, pretraining_loss_sums, use_kernels
+from modeling import BertConfig, Packing, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
 from training.distributed import StopSignal, World, agree, sum_over_ranks
-from training.engine import STEPS_AHEAD, Engine, OnItsWay, seed_dropout
+from training.engine import STEPS_AHEAD, OnItsWay, engine_for, seed_dropout
 from training.errors import UsageError
-from training.execution import (
-    asked_for,
-    obstacle_to_dense_kernels,
-    obstacle_to_graphs,
-    obstacle_to_short_attention,
-    unpads,
-)
+from training.execution import settle_execution
 from training.logs import Logger
 from training.phases import Start, adapter_step
 from training.throughput import peak_tflops, useful_flops
@@ -102,41 +95,21 @@ class PretrainingRun:
         Args:
             longest: tokens of any sequence, where evaluations have longer ones.
         """
-        args, on_gpu = self.args, self.world.device.type == "cuda"
-        self.notes: list[str] = []  # what the log begins with, besides the run's description
+        args = self.args
         self.sequence_length, self.longest = sequence_length, longest or sequence_length
-        unpadded = unpads(args, self.config, self.sparsity, self.world)
-        multiple = fill_multiple(self.local_batch_size, sequence_length)
-        self.pack_multiple = multiple if unpadded else None
-        compiled = on_gpu and not args.no_compile
-        obstacle = obstacle_to_short_attention(self.config, unpadded, self.longest, self.world)
-        self.short_attention = asked_for("attention", args.attention, obstacle)
-        if unpadded and on_gpu and not self.short_attention:
-            self.notes.append(f"torch's flash attention, not kernels of ours ({obstacle or '--attention flash'})")
-        self.loss_sums = torch.compile(pretraining_loss_sums) if compiled else pretraining_loss_sums
-        model.bert.encoder.checkpoint_activations = args.checkpoint_activations
-        obstacle = obstacle_to_dense_kernels(compiled, self.world)
-        if asked_for("dense_kernels", args.dense_kernels, obstacle):
-            use_kernels(model)
-        elif compiled:
-            self.notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
-        places = self.local_batch_size * sequence_length
-        other_tokens = [round(share * places) for share in SHARES_OF_TOKENS] if unpadded else []
-        self.engine = Engine(
-            *(model, self.world, args, places, self.notes.append, self.objective),
-            other_tokens=other_tokens,
-            compiled=compiled_parts(model) if compiled else (),
-            dynamic=unpadded,
-            obstacle=obstacle_to_graphs(args, self.sparsity),
+        execution = settle_execution(
+            *(args, self.config, self.sparsity, self.world),
+            sequences=self.local_batch_size,
+            length=sequence_length,
+            longest=self.longest,
+            compiled=not args.no_compile,
+            shares=SHARES_OF_TOKENS,
         )
-        if self.short_attention:
-            attentions = [block.attention.self for block in model.bert.encoder.layer]
-            joined = sum(join(attention.projections(), [places, *other_tokens]) for attention in attentions)
-            together = f", query, key and value in one 2:4 product in {joined} blocks" if joined else ""
-            self.notes.append(f"attention of short sequences by kernels of ours{together}")
-        padding = f"no padding computed but up to a multiple of {multiple} tokens" if unpadded else "padding computed"
-        graphs = "with" if self.engine.captured else "without"
-        self.notes.append(f"{'compiled' if compiled else 'not compiled'}, {graphs} CUDA graphs, {padding}")
+        self.notes, self.pack_multiple = execution.notes, execution.pack_multiple
+        self.short_attention = execution.short_attention
+        self.loss_sums = torch.compile(pretraining_loss_sums) if execution.compiled else pretraining_loss_sums
+        model.bert.encoder.checkpoint_activations = args.checkpoint_activations
+        self.engine = engine_for(model, execution, self.world, args, self.objective)
 
     def resume(self, checkpoint: dict) -> None:
         """Take over what a checkpoint holds beside the weights; a new phase keeps the moments alone."""
