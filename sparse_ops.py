@@ -55,11 +55,10 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     dim %= scores.dim()
     planes = scores.unflatten(dim, (-1, m)).movedim(dim + 1, 0).contiguous()
     rank = torch.zeros(planes.shape, dtype=torch.int16, device=scores.device)  # how many of the group go before each
-    for early in range(m):
-        for late in range(early + 1, m):
-            late_first = planes[late] > planes[early]
-            rank[early] += late_first
-            rank[late] += ~late_first
+    for late in range(1, m):
+        late_first = planes[late] > planes[:late]
+        rank[:late] += late_first
+        rank[late] += late - late_first.sum(0, dtype=torch.int16)
     return (rank < n).movedim(0, dim + 1).flatten(dim, dim + 1)
 
 

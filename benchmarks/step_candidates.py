@@ -60,7 +60,7 @@ def allocated(world: World) -> int:
 
 
 def state_bytes(step: TrainingStep | HuggingFaceStep) -> dict[str, int]:
-    """Bytes that training keeps for a model between steps, by kind."""
+    """Bytes that training has for a model at each step's end, by kind."""
     parameters, buffers = list(step.model.parameters()), list(step.model.buffers())
     return {
         "parameters": size_of(parameters),

@@ -76,7 +76,8 @@ class Processes:
 
     def __init__(self):
         self.running: dict[str, _Running] = {}
-        self.cores_of_slot = 1
+        self.slots = 1
+        """Of all places together."""
         self.received: int | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._stop)
@@ -102,7 +103,7 @@ class Processes:
             UsageError: from a job, as soon as all commands have ended; those of other jobs were told to.
         """
         waiting, rooms = dict(planned), [_Place(place, slots) for place in places]
-        self.cores_of_slot = max(1, (os.cpu_count() or 1) // (len(places) * slots))
+        self.slots = len(places) * slots
         try:
             while waiting or self.running:
                 self._begin_what_can(waiting, rooms, slots)
@@ -135,6 +136,12 @@ class Processes:
             ended.place.free += ended.slots
             self._go_on(name, planned[name].job, ended.process.poll(), ended.place, ended.slots)
 
+    def _threads(self, slots: int) -> dict[str, str]:
+        """A command's share of the cores: each would take all for its threads, and then waits for the others'."""
+        if slots == self.slots or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, cores() * slots // self.slots))}
+
     def _go_on(self, name: str, job: Job, code: int | None, place: _Place, slots: int) -> None:
         """Let a job take its next step, and start what that yields."""
         if self.received is not None:
@@ -146,13 +153,16 @@ class Processes:
         if self.received is not None:
             return
         print("+", shown(command.words), *(() if command.log is None else (">>", command.log)), flush=True)
-        # Else each would take all cores for its threads, and waits for those of the others most of its time.
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cores_of_slot * slots))}
-        process = start(command.words, threads | place.environment, command.log)
+        process = start(command.words, self._threads(slots) | place.environment, command.log)
         place.free -= slots
         running = self.running[name] = _Running(command, process, place, slots)
         if self.received is not None:  # it came while the command was being started
             running.end()
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def start(words: Sequence[str], place: Mapping[str, str], log: Path | None) -> subprocess.Popen:

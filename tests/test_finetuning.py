@@ -62,21 +62,24 @@ def trained(output) -> dict:
 @pytest.mark.parametrize("door", DOORS)
 def test_without_padding_it_learns_what_it_learns_with(door, sparse, slope, folder, data, tmp_path, monkeypatch):
     """The last batch of an epoch has fewer rows, and each step two micro-steps."""
-    dimensions, losses, micro_step = {"True": set(), "False": set()}, {}, Engine.micro_step
+    dimensions, losses, micro_step, sizes = {"True": set(), "False": set()}, {}, Engine.micro_step, []
+    monkeypatch.setattr(Engine, "prepare", lambda self, largest, count: sizes.append(largest()["input_ids"].numel()))
     start = {"init_checkpoint": slope, "vocab_file": folder / "vocab.txt"} if sparse else {}
     for unpad, found in dimensions.items():
 
         def record(self, batch, *place, found=found):
             found.add(batch["input_ids"].dim())
+            assert batch["input_ids"].numel() <= sizes[-1]
             return micro_step(self, batch, *place)
 
         monkeypatch.setattr(Engine, "micro_step", record)
-        more = {"unpad": unpad, "train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 9}
+        more = {"unpad": unpad, "train_batch_size": 24, "gradient_accumulation_steps": 2, "max_steps": 5}
         said = run(door, flags(door, folder, data, tmp_path / unpad, **more, **start))
         assert ("no padding computed but up to a multiple of 128 tokens" in said) == (unpad == "True")
         with (tmp_path / unpad / "finetune_metrics.csv").open() as file:
             losses[unpad] = [float(row["step_loss"]) for row in csv.DictReader(file)]
     assert dimensions == {"True": {1}, "False": {2}}
+    assert max(sizes) == 12 * runs.LENGTH, "the largest batch is not captured first"
     assert losses["True"] == pytest.approx(losses["False"], rel=1e-3)
 
 

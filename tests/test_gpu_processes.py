@@ -66,6 +66,16 @@ def test_two_processes_learn_what_one_does(run_of, model, communication, graphs)
     """Losses and weights. On CPUs the weights are apart by 0.001 to 0.035 of the way that they go in the last steps."""
     losses, alone = run_of(1, **model)
     losses_together, together = run_of(2, **model, gradient_communication=communication, cuda_graphs=graphs)
+    same(losses_together, together, losses, alone)
+
+
+def test_with_a_lone_micro_step_too(run_of):
+    """One process writes its gradients, two have them added up in buckets."""
+    losses, alone = run_of(1, **SPARSE, local_batch_size=96)
+    same(*run_of(2, **SPARSE, local_batch_size=48, cuda_graphs="True"), losses, alone)
+
+
+def same(losses_together: list[float], together: dict, losses: list[float], alone: dict) -> None:
     assert losses_together == pytest.approx(losses, rel=1e-3)
     moved = (alone[20] - alone[15]).norm()
     assert (together[20] - alone[20]).norm() < 0.06 * moved

@@ -213,3 +213,25 @@ def test_a_run_that_ends_frees_its_graphs_whoever_still_holds_them():
     engine.graphs, engine.buckets = graphs, None
     engine.disconnect()
     assert not graphs.captured and engine.graphs is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "averages", "count", "expected"),
+    [
+        (1, False, 1, [(False, True)]),
+        (1, False, 3, [(False, False)] * 3),
+        (2, True, 1, [(True, False)]),
+        (2, True, 2, [(False, False), (True, False)]),
+        (2, False, 1, [(False, False)]),  # as benchmarks/scaling.py has it, to compare with
+    ],
+)
+def test_a_lone_micro_step_writes_its_gradients_unless_they_lie_in_buckets(ranks, averages, count, expected):
+    engine, asked = Engine.__new__(Engine), []
+    engine.buckets, engine.sums_gradients = (object() if ranks > 1 else None), averages
+    engine.graphs = lambda batch, summed, alone: asked.append((summed, alone))
+    for place in range(count):
+        engine.micro_step({}, place, count)
+    assert asked == expected
+    engine.graphs = SimpleNamespace(captured={}, capture=lambda batch, summed, alone: asked.append((summed, alone)))
+    engine.prepare(dict, count)
+    assert asked[-1] == (averages, expected[0][1])

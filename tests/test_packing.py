@@ -18,7 +18,7 @@ from data.packing import (
     sequence_lengths,
 )
 from data.shards import StepDataset
-from modeling import BertConfig
+from modeling import BertConfig, Packing
 from training.distributed import World
 from training.errors import UsageError
 from training.execution import unpads
@@ -104,6 +104,21 @@ def test_padded_micro_batches_are_views_of_the_step():
 def test_micro_batches_of_one_size_come_in_at_most_64_shapes(batch, length, multiple):
     assert fill_multiple(batch, length) == multiple
     assert -(-batch * length // multiple) <= 64
+
+
+def test_fewer_shapes_are_larger_steps():
+    assert (fill_multiple(256, 128), fill_multiple(256, 128, shapes=16)) == (512, 2048)
+
+
+def test_scores_are_put_back_into_rows():
+    """The last row would reach behind all tokens."""
+    boundaries = torch.tensor([0, 50, 98, 120, 128])
+    packing = Packing(boundaries.int(), boundaries[:3], torch.zeros(128, dtype=torch.int64), longest=64)
+    scores = torch.stack([torch.arange(128.0), -torch.arange(128.0)], -1)
+    padded = packing.padded(scores)
+    assert padded.shape == (3, 64, 2)
+    for row, (begin, end) in zip(padded, boundaries.unfold(0, 2, 1)[:3].tolist(), strict=True):
+        assert torch.equal(row[: end - begin], scores[begin:end])
 
 
 def keep_gradients(model, taken: dict, rate: float) -> None:

@@ -333,7 +333,7 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
 
     class Noted:
         def __init__(self, words, place, log):
-            threads[words[0]] = place["OMP_NUM_THREADS"]
+            threads[words[0]] = place.get("OMP_NUM_THREADS")
             self.name, self.place, self.polls = words[0], running[place["PLACE"]], 3
             self.place.append(self.name)
             most.append({where: list(names) for where, names in running.items()})
@@ -350,7 +350,7 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
     names = {"a": False, "b": False, "C": True, "d": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_processes, "start", Noted)
-        patch.setattr(os, "cpu_count", lambda: 16)
+        patch.setattr(run_processes, "cores", lambda: 18)
         patch.delenv("OMP_NUM_THREADS")
         planned = {name: Planned(job(name), alone=alone) for name, alone in names.items()}
         Processes().run(planned, [{"PLACE": "x"}, {"PLACE": "y"}], 2)
@@ -360,7 +360,13 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
         {"x": ["C"], "y": []},
         {"x": ["C"], "y": ["d"]},
     ]
-    assert threads == {"a": "4", "b": "4", "C": "8", "d": "4"}, "more threads than cores, or fewer"
+    assert threads == {"a": "4", "b": "4", "C": "9", "d": "4"}, "more threads than cores, or fewer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_processes, "start", Noted)
+        Processes().run({"e": Planned(job("e"))}, [{"PLACE": "x", "OMP_NUM_THREADS": "3"}, {"PLACE": "y"}])
+        patch.delenv("OMP_NUM_THREADS")
+        Processes().run({"f": Planned(job("f"))}, [{"PLACE": "x"}])
+    assert (threads["e"], threads["f"]) == ("3", None), "a user's number, and what torch takes by itself, stay"
 
 
 def test_branches_begin_with_their_checkpoint_and_finetunings_with_the_end_of_their_run(data, tmp_path, monkeypatch):

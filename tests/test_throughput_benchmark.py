@@ -237,11 +237,21 @@ def test_hugging_face_takes_the_same_step(config, monkeypatch):
     monkeypatch.setattr(step, "_wait_for", lambda loss: (waited.append(loss.read()), own(loss)))
     before = [p.clone() for p in step.model.parameters()]
     step.take(1)
-    step.graphs = lambda batch, alone: step._forward_and_backward(batch, False)  # as MicroStepGraphs calls it
-    step.graphs.zero = step.optimizer.zero_grad
+    lone, zeroed = [], []
+
+    def graphs(batch, alone):  # as MicroStepGraphs
+        lone.append(alone)
+        return step._forward_and_backward(batch, False)
+
+    step.graphs = graphs
+    step.graphs.zero = lambda: (zeroed.append(len(lone)), step.optimizer.zero_grad())
     step.take(1)
+    assert (lone, zeroed) == ([False] * 3, [3])
     assert waited[0] == waited[1] == pytest.approx(math.log(config.padded_vocab_size) + math.log(2), rel=0.05)
     assert all(map(torch.equal, step.model.parameters(), before))
+    step.repeat(1)
+    step.take(1)
+    assert (lone[3:], zeroed) == ([True], [3, 4])
     ours = sum(p.numel() for p in BertForPreTraining(config).parameters())
     assert sum(p.numel() for p in step.model.parameters()) == ours
 

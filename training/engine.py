@@ -133,8 +133,8 @@ class Engine:
             self.graphs.capture(largest(), self.sums_gradients, self._alone(count))
 
     def _alone(self, count: int) -> bool:
-        """Whether a step's gradients are those of one micro-step; over several ranks they are written to buckets."""
-        return count == 1 and not self.sums_gradients
+        """Whether a step's gradients are those of one micro-step; over several ranks they are added up in buckets."""
+        return count == 1 and self.buckets is None
 
     def micro_step(self, batch: Batch, place: int, count: int) -> Tensor:
         """Forward and backward pass of one micro-batch on the device; gradients add up until `step`.

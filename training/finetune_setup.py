@@ -76,7 +76,9 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
     work.add_argument("--loss_scale", default=0.0, type=real(), help="0: dynamic loss scaling, the only kind here")
     add_switch(work, "--no_cuda", "run on the CPU")
     speed = parser.add_argument_group("speed")
-    add_switch(speed, "--compile", "torch.compile for the blocks, on a GPU: takes some 20 seconds before the first step")
+    add_switch(
+        speed, "--compile", "torch.compile for the blocks, on a GPU: takes some 20 seconds before the first step"
+    )
     add_graph_flag(speed)
     add_padding_flags(speed)
     add_dense_kernels_flag(speed)

@@ -1,5 +1,6 @@
 """Micro-steps as CUDA graphs: the host launches one graph instead of some thousand kernels."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -29,6 +30,12 @@ def without_ownership(tensor: Tensor) -> Tensor:
     """A tensor in the memory of this one, which does not keep that from being given to others."""
     interface = SimpleNamespace(__cuda_array_interface__=tensor.__cuda_array_interface__)
     return torch.as_tensor(interface, device=tensor.device)
+
+
+@functools.cache
+def _rehearsal_stream(device: int) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace, some 70 MB on an H200, for each stream that it was used on."""
+    return torch.cuda.Stream(device)
 
 
 class MicroStepGraphs:
@@ -61,7 +68,7 @@ class MicroStepGraphs:
     ):
         self.function, self.parameters = function, list(parameters)
         self.captured: dict[tuple, _Captured] = {}
-        self.pool, self.stream = pool, None
+        self.pool = pool
         self.sums: Gradients = [parameter.grad for parameter in self.parameters]  # views of buckets, where those are
         self.adds = False
         """Whether the last micro-step added to the sums."""
@@ -104,8 +111,6 @@ class MicroStepGraphs:
         torch.cuda.set_rng_state(random_state)
         written = [p.grad if p.grad is None else without_ownership(p.grad) for p in self.parameters] if alone else None
         self.captured[_key(batch, summed, alone)] = _Captured(graph, inputs, output, written)
-        if alone:
-            self._give(written)  # the memory that was theirs is there for the next graph's capture
 
     def _give(self, gradients: Gradients) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -128,22 +133,20 @@ class MicroStepGraphs:
         """Free all graphs: a process group waits for those that hold its kernels when it ends, and an error that is on
         its way keeps this object alive until after that."""
         self.captured.clear()
-        self._give([None] * len(self.parameters))  # what a lone micro-step wrote is gone with the pool
+        self.sums = [None] * len(self.parameters)
+        self._give(self.sums)  # what a lone micro-step wrote is gone with the pool
 
     def rehearse(self, inputs: Batch) -> None:
-        """Run once as usual, so that everything is compiled and loaded that may not be while capturing.
+        """Run once as usual, so that all is compiled and loaded that may not be while capturing; no gradients stay.
 
         Args:
             inputs: tensors of their own, no views: compiled code may tell these apart.
         """
-        before = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        if self.stream is None:
-            self.stream = torch.cuda.Stream()  # one for all: cuBLAS keeps some 70 MB of workspace for each stream
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self._give([None] * len(self.parameters))
+        stream = _rehearsal_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self.function(inputs, False)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(stream)
         self.reached = [parameter.grad is not None for parameter in self.parameters]
-        self._give(before)
+        self._give([None] * len(self.parameters))
