@@ -29,9 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from benchmarks import huggingface_step, shard_throughput
 from benchmarks.common import benchmark_parser, names_among, parse_benchmark_flags
-from benchmarks.step_candidates import HUGGINGFACE, OURS, Setting, allocated, fits, largest, measure
+from benchmarks.step_candidates import HUGGINGFACE, OURS, Setting, allocated, largest, measure, peak_alone
 from benchmarks.step_profile import KINDS
 from benchmarks.throughput_picture import draw
 from benchmarks.timing import Spread
@@ -173,10 +175,10 @@ def find_largest(args, world: World, report: MachineReport) -> None:
         for name in args.variants:
             if name in OURS:
 
-                def tried(count: int, name: str = name, length: int = length) -> bool:
-                    return fits(name, Setting(length, count), args, world)
+                def peak(count: int, name: str = name, length: int = length) -> int | None:
+                    return peak_alone(name, Setting(length, count), args, world)
 
-                found[name] = largest(tried)
+                found[name] = largest(peak, torch.cuda.mem_get_info()[1])
                 ratio = found[name] / found["dense"] if found["dense"] else None
                 report.row({"sequence_length": length, "variant": name, "sequences": found[name], "ratio": ratio})
     report.note("Without CUDA graphs.")

@@ -193,25 +193,70 @@ def record(candidate: Candidate, setting: Setting, samples: Mapping[str, list[fl
 
 
 # -------------------------------------------------------------------------------------------------------- largest batch
-def largest(fits: Callable[[int], bool], limit: int = 2**16) -> int:
-    """The largest multiple of `MULTIPLE` that fits: doubled until one does not, then halved between; 0: none does."""
-    low, high = 0, MULTIPLE
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
+def largest(peak_of: Callable[[int], int | None], memory: int, limit: int = 2**16) -> int:
+    """The largest multiple of `MULTIPLE` that fits; 0: none does.
+
+    Two small batches say how much memory each sequence takes, and so about where to look.
+
+    Args:
+        peak_of: bytes that so many sequences take; None: they do not fit.
+        memory: of the device, in bytes.
+        limit: sequences that are not tried any more.
+    """
+    peaks: dict[int, int] = {}
+
+    def fits(count: int) -> bool:
+        peak = peak_of(count) if count <= limit else None
+        if peak is not None:
+            peaks[count] = peak
+        return peak is not None
+
+    low = 0
+    for high in (MULTIPLE, 8 * MULTIPLE):
+        if not fits(high):
+            break
+        low = high
+    else:
+        low, high = _bracket(fits, low, _extrapolated(peaks, memory))
     while high - low > MULTIPLE:
         middle = (low + high) // (2 * MULTIPLE) * MULTIPLE
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def fits(name: str, setting: Setting, args, world: World) -> bool:
-    """Whether a variant alone takes two steps, the second with all of the optimizer's state there."""
+def _extrapolated(peaks: Mapping[int, int], memory: int) -> int:
+    """Sequences, a multiple of `MULTIPLE`, whose peak is about `memory`, if peaks grow as between these two."""
+    (few, low), (many, high) = peaks.items()
+    count = many + (memory - high) * (many - few) / max(high - low, 1)
+    return max(many + MULTIPLE, int(min(count, 2**20)) // MULTIPLE * MULTIPLE)
+
+
+def _bracket(fits: Callable[[int], bool], low: int, start: int) -> tuple[int, int]:
+    """A size that fits and a larger one that does not, by steps from `start` that double; `low` is known to fit."""
+    step = MULTIPLE
+    if fits(start):
+        low = start
+        while fits(low + step):
+            low, step = low + step, 2 * step
+        return low, low + step
+    high = start
+    while high - step > low and not fits(high - step):
+        high, step = high - step, 2 * step
+    return max(low, high - step), high
+
+
+def peak_alone(name: str, setting: Setting, args, world: World) -> int | None:
+    """Bytes at most while a variant alone takes two steps, the second with all of the optimizer's state there.
+
+    None, where it runs out of memory.
+    """
     allocated(world)
+    torch.cuda.reset_peak_memory_stats()
     try:
         step = make_step(name, setting, args, world, cuda_graphs="False")  # memory can run out cleanly
         step.connect()
         step.take(2)
         wait(world)
     except torch.OutOfMemoryError:
-        return False
-    return True
+        return None
+    return torch.cuda.max_memory_allocated()

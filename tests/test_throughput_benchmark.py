@@ -325,17 +325,23 @@ def test_what_does_not_fit_is_left_out_and_said(read, monkeypatch, when):
     assert rows == [] and len(notes) == 1  # nothing to compare with
 
 
-@pytest.mark.parametrize("most", [0, 7, 8, 64, 200, 4095])
-def test_the_largest_batch_is_found(most):
+@pytest.mark.parametrize("off", [0.5, 0.97, 1.0, 1.03, 2.0])
+@pytest.mark.parametrize("most", [0, 7, 8, 63, 64, 72, 200, 1203, 4095])
+def test_the_largest_batch_is_found(most, off):
+    """Also where the memory of two small batches says little; where it says much, at once."""
     tried = []
 
-    def fits(count):
+    def peak_of(count):
         tried.append(count)
-        return count <= most
+        return 5000 + 100 * count if count <= most else None
 
-    assert step_candidates.largest(fits) == most // 8 * 8
-    assert len(tried) == len(set(tried)) <= 20
+    assert step_candidates.largest(peak_of, memory=int(5000 + 100 * off * most)) == most // 8 * 8
+    assert len(tried) == len(set(tried)) <= (9 if 0.97 <= off <= 1.03 and most < 2000 else 22)
     assert all(count % 8 == 0 for count in tried)
+
+
+def test_a_batch_that_takes_no_memory_ends_the_search():
+    assert step_candidates.largest(lambda count: 1, memory=100, limit=1000) == 1000
 
 
 def test_a_batch_that_runs_out_of_memory_does_not_fit(read, monkeypatch):
@@ -350,6 +356,9 @@ def test_a_batch_that_runs_out_of_memory_does_not_fit(read, monkeypatch):
         return SimpleNamespace(connect=lambda: None, take=take, count=count)
 
     monkeypatch.setattr(step_candidates, "make_step", make)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**20))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
     rows = []
     report = SimpleNamespace(table=lambda *_: None, row=rows.append, note=lambda _: None)
     args.variants = ("dense", "slope", "huggingface")
