@@ -152,6 +152,7 @@ def main() -> None:
         seed=args.seed,
         mask_init=args.mask_init,
         report=report,
+        with_operands=False,
     )
     run = PretrainingRun(args, config, world, start, sparsity, model, shards, heldout)
     start = replace(start, source=None, checkpoint=None)  # as large as model and optimizer together

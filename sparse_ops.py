@@ -291,10 +291,18 @@ class SparseLinear(AdaptedLinear):
         m: group size of the N:M pattern; None for an unstructured mask, which is not pruned a second time.
         reduction_dim: True when the groups of `mask` run along the input dimension.
         double_prune: False when the input gradient is to read W^R itself.
+        with_operands: False where `set_operands` follows before anything is computed: dense ones take more time and
+            memory than all the rest of the layer.
     """
 
     def __init__(
-        self, linear: nn.Linear, mask: Tensor, m: int | None, reduction_dim: bool = True, double_prune: bool = True
+        self,
+        linear: nn.Linear,
+        mask: Tensor,
+        m: int | None,
+        reduction_dim: bool = True,
+        double_prune: bool = True,
+        with_operands: bool = True,
     ):
         super().__init__(linear.in_features, linear.out_features)
         self.m, self.by_input, self.double_pruned = m, reduction_dim or m is None, double_prune and m is not None
@@ -305,7 +313,9 @@ class SparseLinear(AdaptedLinear):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
         self.register_buffer("mask_bits", pack_bits(stored_mask))
         self.register_load_state_dict_post_hook(SparseLinear._after_load)
-        self.set_operands(DenseOperands(self))
+        self.register_module("operands", None)
+        if with_operands:
+            self.set_operands(DenseOperands(self))
 
     def _values_shape(self, stored_mask: Tensor) -> tuple[int, ...]:
         rows, columns = self.stored_shape
@@ -343,7 +353,8 @@ class SparseLinear(AdaptedLinear):
     @torch.no_grad()
     def refresh(self, rechoose: bool) -> None:
         """Rebuild the operands from the values; with `rechoose`, choose W^{R,C} anew from their magnitudes."""
-        self.operands.refresh(self, rechoose)
+        if self.operands is not None:
+            self.operands.refresh(self, rechoose)
 
     @torch.no_grad()
     def set_second_kept(self, kept: Tensor) -> None:
@@ -356,7 +367,8 @@ class SparseLinear(AdaptedLinear):
         kept = int(layer.stored_mask().sum())
         if kept != layer.values.numel():
             raise UsageError(f"the checkpoint's mask keeps {kept} weights of a layer that holds {layer.values.numel()}")
-        layer.operands.reset(layer)
+        if layer.operands is not None:
+            layer.operands.reset(layer)
         layer.refresh(rechoose=True)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -389,6 +401,7 @@ def sparsify(
     keep_dense: Collection[str] = (),
     seed: int = 0,
     mask_init: str = "magnitude",
+    with_operands: bool = True,
 ) -> list[str]:
     """Replace the linear layers inside the blocks of `model` by pruned ones, in place.
 
@@ -396,6 +409,7 @@ def sparsify(
         blocks: (name, module) of each transformer block, first to last; linear layers outside them stay dense.
         keep_dense: full names of linear layers that stay dense, such as those that read the embeddings.
         mask_init: `magnitude` keeps the largest weights, `random` draws from (seed, module name).
+        with_operands: see `SparseLinear`.
 
     Returns:
         The full names of the replaced layers.
@@ -414,7 +428,8 @@ def sparsify(
         for parent, child_name, full_name in list(_linear_layers(block, block_name)):
             if full_name in keep_dense or (config.skip_attention and "attention" in full_name.split(".")):
                 continue
-            layer = _pruned_layer(getattr(parent, child_name), full_name, config, patterns[position], seed, mask_init)
+            linear, m = getattr(parent, child_name), patterns[position]
+            layer = _pruned_layer(linear, full_name, config, m, seed, mask_init, with_operands)
             setattr(parent, child_name, layer)
             replaced.append(full_name)
     return replaced
@@ -427,7 +442,9 @@ def _linear_layers(block: nn.Module, block_name: str) -> Iterator[tuple[nn.Modul
                 yield module, child_name, ".".join(part for part in (block_name, module_name, child_name) if part)
 
 
-def _pruned_layer(linear: nn.Linear, name: str, config: SparsityConfig, m: int, seed: int, mask_init: str) -> nn.Module:
+def _pruned_layer(
+    linear: nn.Linear, name: str, config: SparsityConfig, m: int, seed: int, mask_init: str, with_operands: bool
+) -> nn.Module:
     generator = seeded_generator(seed, f"mask/{name}")
     if not config.unstructured_masking and (linear.in_features % m or linear.out_features % m):
         raise UsageError(
@@ -441,9 +458,10 @@ def _pruned_layer(linear: nn.Linear, name: str, config: SparsityConfig, m: int, 
     weight = linear.weight.detach()
     scores = weight.abs() if mask_init == "magnitude" else torch.rand(weight.shape, generator=generator)
     if config.unstructured_masking:
-        return SparseLinear(linear, unstructured_mask(scores, config.unstructured_mask_sparsity), m=None)
+        mask = unstructured_mask(scores, config.unstructured_mask_sparsity)
+        return SparseLinear(linear, mask, m=None, with_operands=with_operands)
     mask = nm_mask(scores, N, m, dim=1 if config.reduction_dim else 0)
-    return SparseLinear(linear, mask, m, config.reduction_dim, config.double_prune)
+    return SparseLinear(linear, mask, m, config.reduction_dim, config.double_prune, with_operands)
 
 
 def add_adapters(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:

@@ -179,7 +179,7 @@ def random_model(config: BertConfig, sparsity: SparsityConfig, world: World, see
         with world.device:
             return BertForPreTraining(config)
 
-    model = build_model(make_model, replace(sparsity, lora_rank=0), seed=seed)
+    model = build_model(make_model, replace(sparsity, lora_rank=0), seed=seed, with_operands=False)
     if sparsity.lora_rank:
         for right in add_adapters(model, sparsity.lora_rank, seed)[1::2]:  # after each layer's left
             nn.init.normal_(right, std=0.1)

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from optimization import Lamb
-from sparse_ops import N, OperandRefresh, SparseLinear, nm_mask
+from sparse_ops import DenseOperands, N, OperandRefresh, SparseLinear, nm_mask
 
 # ----------------------------------------------------------------------------------------------------------- products
 INPUT_AND_GRADIENT = [
@@ -241,3 +241,21 @@ def test_ten_lamb_steps_are_ten_of_masked_dense_training(case):
         torch.testing.assert_close(layer.bias.detach(), dense[bias], rtol=1e-9, atol=1e-11)
         start = first_weight if name == "first" else second_weight
         assert (dense[name] - start).norm() > 0.1 * start.norm(), "the steps must be large enough to mean something"
+
+
+def test_operands_that_come_later_are_those_of_a_layer_that_began_with_some():
+    """Also where a checkpoint is loaded and adapters join before; the layer is moved, too."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(16, 8), nn.Linear(16, 8)]
+    whole, other = (SparseLinear(linear, nm_mask(linear.weight.abs(), 2, 4), 4) for linear in linears)
+    late = SparseLinear(linears[1], nm_mask(linears[1].weight.abs(), 2, 4), 4, with_operands=False)
+    assert late.operands is None and not list(late.children())
+    late.load_state_dict(whole.state_dict())
+    for layer in (whole, late):
+        layer.add_adapters(4, torch.Generator().manual_seed(1))
+        layer.double()
+    late.set_operands(DenseOperands(late))
+    for name, buffer in whole.operands.named_buffers():
+        assert torch.equal(buffer, dict(late.operands.named_buffers())[name]), name
+    x = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(late(x), whole(x)) and not torch.equal(late(x), other.double()(x))

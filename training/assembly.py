@@ -59,6 +59,7 @@ def build_model(
     seed: int,
     mask_init: str = "magnitude",
     report: Callable[[str], None] = lambda line: None,
+    with_operands: bool = True,
 ) -> nn.Module:
     """A model with the pruned layers of `sparsity`, its weights from `source` or freshly drawn from `seed`.
 
@@ -66,6 +67,7 @@ def build_model(
 
     Args:
         report: takes a line about each part of the model that the source does not hold.
+        with_operands: see `SparseLinear`; an `Engine` sets those that it wants.
 
     Raises:
         UsageError: when the source lacks the encoder, or does not fit the model or the pattern.
@@ -74,7 +76,7 @@ def build_model(
     model = make_model()
     if source is not None and not source.sparsity.sparse:
         _load(model, source, report)
-    sparsify(model, sparsity, encoder_blocks(model), input_projections(model), seed, mask_init)
+    sparsify(model, sparsity, encoder_blocks(model), input_projections(model), seed, mask_init, with_operands)
     if sparsity.lora_rank:
         add_adapters(model, sparsity.lora_rank, seed)
     if source is not None and source.sparsity.sparse:

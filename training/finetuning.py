@@ -112,7 +112,11 @@ class FineTuning:
         self.checkpoints = directory / "finetune_ckpts"
         self.notes: list[str] = []  # what the log begins with: only a run that has begun speaks
         model = build_model(
-            make_model, setup.sparsity, setup.source, seed=seed, mask_init=args.mask_init, report=self.notes.append
+            *(make_model, setup.sparsity, setup.source),
+            seed=seed,
+            mask_init=args.mask_init,
+            report=self.notes.append,
+            with_operands=False,
         )
         if self.notes and not args.do_train:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
