@@ -16,6 +16,7 @@ from finetuning_runs import glue, results, run, squad, write_sst2
 from pretraining_runs import ROOT
 from safetensors.torch import load_file
 
+from sparse_ops import DenseOperands
 from training.assembly import read_source
 from training.checkpoint import load_checkpoint
 from training.engine import Engine
@@ -113,6 +114,16 @@ def test_masks_and_adapters_of_a_checkpoint_stay(door, slope, folder, data, tmp_
             old, new = before["model"][name], after["model"][name]
             assert old.shape == new.shape
             assert torch.equal(old, new) != old.is_floating_point(), name  # only the packed positions are as they were
+
+
+def test_a_layer_s_operands_are_made_once(slope, folder, data, tmp_path, monkeypatch):
+    """Those that a model is built with would be in the way of the engine's, and take longer than all the rest."""
+    made, begin = [], DenseOperands.__init__
+    monkeypatch.setattr(DenseOperands, "__init__", lambda self, *a, **k: (made.append(1), begin(self, *a, **k))[1])
+    runs.pretrain(tmp_path / "pretraining", folder / "vocab.txt")
+    assert len(made) == 9
+    runs.run("run_glue", flags("run_glue", slope, data, tmp_path / "glue", vocab_file=folder / "vocab.txt"))
+    assert len(made) == 18
 
 
 @pytest.mark.parametrize("door", DOORS)
