@@ -363,10 +363,13 @@ def test_a_job_alone_waits_for_an_empty_place_and_holds_back_the_rest():
     assert threads == {"a": "4", "b": "4", "C": "9", "d": "4"}, "more threads than cores, or fewer"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_processes, "start", Noted)
+        patch.delenv("OMP_NUM_THREADS")
         Processes().run({"e": Planned(job("e"))}, [{"PLACE": "x", "OMP_NUM_THREADS": "3"}, {"PLACE": "y"}])
+        patch.setenv("OMP_NUM_THREADS", "5")
+        Processes().run({"g": Planned(job("g"))}, [{"PLACE": "x"}, {"PLACE": "y"}])
         patch.delenv("OMP_NUM_THREADS")
         Processes().run({"f": Planned(job("f"))}, [{"PLACE": "x"}])
-    assert (threads["e"], threads["f"]) == ("3", None), "a user's number, and what torch takes by itself, stay"
+    assert (threads["e"], threads["g"], threads["f"]) == ("3", None, None), "a user's number, or torch's own, is lost"
 
 
 def test_branches_begin_with_their_checkpoint_and_finetunings_with_the_end_of_their_run(data, tmp_path, monkeypatch):

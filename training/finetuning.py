@@ -40,9 +40,7 @@ METRICS = ["step", "epoch", "step_loss", "average_loss", "learning_rate", "seque
 LOSING_SCORE = -1e4  # of positions in the padding
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, which tensor cores like
 GRAPH_LENGTH_MULTIPLE = 64  # to fewer lengths where each takes a CUDA graph of its own
-PACKED_SHAPES = (
-    32  # that batches of one size come in without padding: fewer than in pretraining, which takes more steps
-)
+PACKED_SHAPES = 32  # that batches of one size come in without padding; in pretraining, with more steps, 64
 SHARES_OF_TOKENS = (0.75, 0.5, 0.25)  # of a batch's places that are none of padding: sparse products are tuned for them
 
 
