@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.dense_parts import bias_gelu, dropout_add_layer_norm
-from kernels.embedding import lookup
+from kernels.embedding import lookup, rows_of
 from kernels.joint import products, without_bias
 from training.errors import UsageError
 from training.flags import read_json
@@ -299,8 +299,13 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_TH: Tensor, residual_TH: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
-        return self.output(self.self(hidden_TH, attention), residual_TH, twice=True)
+    def forward(
+        self, hidden_TH: Tensor, residual_TH: Tensor, attention: Attention, places_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        context_TH = self.self(hidden_TH, attention)
+        if places_R is not None:
+            context_TH, residual_TH = rows_of(context_TH, places_R), rows_of(residual_TH, places_R)
+        return self.output(context_TH, residual_TH, twice=True)
 
 
 class Activated(nn.Module):
@@ -338,15 +343,17 @@ class BertLayer(nn.Module):
         attention: Attention,
         before: BertResidualOutput | None = None,
         hands_on: bool = False,
+        places_R: Tensor | None = None,
     ) -> Tensor | Unfinished:
         """Return the hidden states; a compiled block that `hands_on` leaves them unfinished.
 
-        `before` is the end of the block before, by which unfinished ones are finished.
+        `before` is the end of the block before, by which unfinished ones are finished. With `places_R`, places among
+        all tokens, the block returns what stands there, [R, H], and computes no more behind its attention.
         """
         residual_TH = hidden_TH
         if isinstance(hidden_TH, Unfinished):
             hidden_TH, residual_TH = before.end(hidden_TH, twice=True)
-        hidden_TH, residual_TH = self.attention(hidden_TH, residual_TH, attention)
+        hidden_TH, residual_TH = self.attention(hidden_TH, residual_TH, attention, places_R)
         activated_TI = self.intermediate(hidden_TH)
         if hands_on and torch.compiler.is_compiling():
             return Unfinished(without_bias(self.output.dense, activated_TI)[0], residual_TH)
@@ -354,20 +361,28 @@ class BertLayer(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """The blocks. With `checkpoint_activations` set, a block's activations are computed again in the backward pass."""
+    """The blocks. With `checkpoint_activations` set, a block's activations are computed again in the backward pass.
+
+    With `whole_last_block` it computes all tokens though few are read: for what prunes tokens by what others hold.
+    """
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.checkpoint_activations = False
+        self.checkpoint_activations = self.whole_last_block = False
 
-    def forward(self, hidden_TH: Tensor, attention: Attention) -> Tensor:
+    def forward(self, hidden_TH: Tensor, attention: Attention, places_R: Tensor | None = None) -> Tensor:
+        """Return the last block's output, with `places_R` of the tokens there alone, [R, H]."""
+        if places_R is not None and self.whole_last_block:
+            return rows_of(self(hidden_TH, attention), places_R)
         before = None
         for block in self.layer:
+            places = {"places_R": places_R if block is self.layer[-1] else None}
             if self.checkpoint_activations:  # which keeps what a block is given: one tensor, not the two of Unfinished
-                hidden_TH = checkpoint(block, hidden_TH, attention, use_reentrant=False, preserve_rng_state=True)
+                again = {"use_reentrant": False, "preserve_rng_state": True}
+                hidden_TH = checkpoint(block, hidden_TH, attention, **places, **again)
             else:
-                hidden_TH = block(hidden_TH, attention, before, hands_on=True)
+                hidden_TH = block(hidden_TH, attention, before, hands_on=True, **places)
             before = block.output
         return before(hidden_TH) if isinstance(hidden_TH, Unfinished) else hidden_TH
 
@@ -382,6 +397,11 @@ class BertPooler(nn.Module):
         return torch.tanh(self.dense(first_BH))
 
 
+def first_places(ids_BS: Tensor) -> Tensor:
+    """Where each of the padded sequences begins among all B S tokens, [B]."""
+    return torch.arange(0, ids_BS.numel(), ids_BS.shape[1], device=ids_BS.device)
+
+
 class BertModel(nn.Module):
     """Embeddings, encoder and, unless `add_pooling_layer` is False, pooler."""
 
@@ -392,23 +412,34 @@ class BertModel(nn.Module):
         self.pooler = BertPooler(config) if add_pooling_layer else None
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor | Packing | None
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor | Packing | None,
+        places_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the last block's output [B, S, H] and the pooled output [B, H] (None without a pooler).
 
         input_ids, token_type_ids, attention_mask: [B, S]. The mask is 1 at a real token and 0 at padding; None means
         that there is no padding. S may not exceed max_position_embeddings.
         With a `Packing` as the mask, ids and types are [T] and the last block's output is [T, H].
+        With `places_R`, places among all B S or T tokens, the last block's output is that of these tokens, [R, H], and
+        what else the block has behind its attention is not computed (but for the pooler's tokens).
         """
         if isinstance(attention_mask, Packing):
-            hidden_TH = self.embeddings(input_ids, token_type_ids, attention_mask.positions)
-            hidden_TH = self.encoder(hidden_TH, attention_mask)
-            first_BH = None if self.pooler is None else hidden_TH.index_select(0, attention_mask.firsts)
+            firsts_B, mask = attention_mask.firsts, attention_mask
+            embedded = self.embeddings(input_ids, token_type_ids, attention_mask.positions)
         else:
-            mask_B11S = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-            hidden_TH = self.encoder(self.embeddings(input_ids, token_type_ids), mask_B11S)
-            first_BH = hidden_TH[:, 0]
-        return hidden_TH, None if self.pooler is None else self.pooler(first_BH)
+            firsts_B = first_places(input_ids)
+            mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+            embedded = self.embeddings(input_ids, token_type_ids)
+        if places_R is None:
+            hidden = self.encoder(embedded, mask)
+            return hidden, None if self.pooler is None else self.pooler(rows_of(hidden, firsts_B))
+        if self.pooler is None:
+            return self.encoder(embedded, mask, places_R), None
+        hidden_RH = self.encoder(embedded, mask, torch.cat([places_R, firsts_B]))
+        return hidden_RH[: len(places_R)], self.pooler(hidden_RH[len(places_R) :])
 
 
 class BertPredictionHeadTransform(Activated):
@@ -464,17 +495,18 @@ class BertForPreTraining(nn.Module):
         """Return the token scores [B, P, V] and the next-sentence scores [B, 2] (None without that head).
 
         masked_positions [B, P] says which tokens to score, any unused place of it 0; None scores all, [B, S, V]. With
-        a `Packing` these are places among all T tokens, and an unused one is any token of the sequence.
+        a `Packing` these are places among all T tokens, and an unused one is any token of the sequence. P is fixed, so
+        that shapes are static. The last block computes these tokens alone, and the first of each sequence.
         The rest is as in BertModel. Next-sentence score 0 is for the real next sentence, 1 for a random one.
         """
-        hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
-        if masked_positions is not None:
-            # P is fixed, so that shapes are static. The backward pass adds into `hidden` in no fixed order, which
-            # changes nothing: used positions differ, and what unused ones add is exactly 0 (their label is ignored).
-            if isinstance(attention_mask, Packing):
-                hidden = hidden.index_select(0, masked_positions.flatten()).unflatten(0, masked_positions.shape)
-            else:
-                hidden = hidden.gather(1, masked_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        if masked_positions is None:
+            hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
+        else:
+            places_BP = masked_positions
+            if not isinstance(attention_mask, Packing):
+                places_BP = places_BP + first_places(input_ids)[:, None]
+            hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask, places_BP.flatten())
+            hidden = hidden.unflatten(0, places_BP.shape)
         prediction_scores = self.cls.predictions(hidden)
         return prediction_scores, None if pooled_BH is None else self.cls.seq_relationship(pooled_BH)
 

@@ -61,7 +61,6 @@ def _gelu_backward(
     grad_x,
     shares,
     tokens,
-    tokens_of_program,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,9 +68,9 @@ def _gelu_backward(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < COLUMNS
     added = tl.load(bias + columns, mask=inside, other=0.0)[None, :]
-    first = tl.program_id(1) * tokens_of_program
     total = tl.zeros([BLOCK], tl.float32)
-    for begin in range(first, tl.minimum(first + tokens_of_program, tokens), ROWS):
+    # Two stages: the next rows are copied while these are computed.
+    for begin in tl.range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS, num_stages=2):
         rows = begin + tl.arange(0, ROWS)
         places = rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
         there = (rows < tokens)[:, None] & inside[None, :]
@@ -97,7 +96,6 @@ def _norm_backward(
     grad_residual,
     shares,
     tokens,
-    tokens_of_program,
     threshold,
     kept_scale,
     HIDDEN: tl.constexpr,
@@ -109,11 +107,10 @@ def _norm_backward(
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
     scale = tl.load(weight + columns, mask=inside, other=0.0)[None, :]
-    first = tl.program_id(0) * tokens_of_program
     to_bias = tl.zeros([BLOCK], tl.float32)
     to_weight = tl.zeros([BLOCK], tl.float32)
     to_norm_bias = tl.zeros([BLOCK], tl.float32)
-    for begin in range(first, tl.minimum(first + tokens_of_program, tokens), ROWS):
+    for begin in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         rows = begin + tl.arange(0, ROWS)
         exists = rows < tokens
         places = rows[:, None].to(tl.int64) * HIDDEN + columns[None, :]
@@ -148,11 +145,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _division(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """Programs for each block of columns, and the tokens that each takes, a multiple of `rows`."""
-    programs = max(1, PROGRAMS_OF_PROCESSOR * _processors(device) // blocks)
-    each = max(1, math.ceil(tokens / (programs * rows))) * rows
-    return max(1, math.ceil(tokens / each)), each
+def _programs(tokens: int, blocks: int, rows: int, device: torch.device) -> int:
+    """For each block of columns; they take turns, `rows` tokens each, so that all are at one stretch of memory."""
+    return min(max(1, PROGRAMS_OF_PROCESSOR * _processors(device) // blocks), max(1, math.ceil(tokens / rows)))
 
 
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -167,9 +162,9 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def _bias_gelu_backward(grad_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
     tokens, blocks = x.numel() // columns, math.ceil(columns / COLUMNS_OF_PROGRAM)
-    programs, each = _division(tokens, blocks, ROWS, x.device)
+    programs = _programs(tokens, blocks, ROWS, x.device)
     grad_x, shares = x.new_empty(x.shape), bias.new_empty(programs, columns)
-    inputs = (grad_y.contiguous(), x.contiguous(), bias, grad_x, shares, tokens, each)
+    inputs = (grad_y.contiguous(), x.contiguous(), bias, grad_x, shares, tokens)
     with torch.cuda.device_of(x):
         _gelu_backward[blocks, programs](*inputs, columns, COLUMNS_OF_PROGRAM, ROWS, num_warps=WARPS)
     return grad_x, sum_of_shares(shares)
@@ -188,12 +183,12 @@ def _dropout_add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = total.shape[-1]
     tokens = total.numel() // hidden
-    programs, each = _division(tokens, 1, ROWS_OF_NORM, total.device)
+    programs = _programs(tokens, 1, ROWS_OF_NORM, total.device)
     grad_y, grad_residual = total.new_empty(total.shape), total.new_empty(total.shape, dtype=residual_dtype)
     shares = weight.new_empty(programs, 3, hidden)
     inputs = (grad_out.contiguous(), grad_skip if grad_skip is None else grad_skip.contiguous(), total.contiguous())
     statistics = (mean.contiguous(), inverse_deviation.contiguous(), weight, seed)
-    numbers = (tokens, each, *settings(probability))
+    numbers = (tokens, *settings(probability))
     block = triton.next_power_of_2(hidden)
     with torch.cuda.device_of(total):
         _norm_backward[programs,](

@@ -1,6 +1,7 @@
-"""Embedding lookups whose gradients are added up in a fixed order, so that equal inputs give equal bits on a GPU, too.
+"""Lookups of rows whose gradients are equal bits for equal inputs, on a GPU, too.
 
-torch adds up those of tables with few rows by atomics (embedding_dense_backward on CUDA, from some thousand tokens on).
+Those of embeddings are added up in a fixed order. torch adds up those of tables with few rows by atomics
+(embedding_dense_backward on CUDA, from some thousand tokens on).
 """
 
 from collections.abc import Iterator
@@ -62,3 +63,41 @@ def lookup(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     """The rows of `ids` [...], [..., H]; those of the padding index give no gradient."""
     padding = -1 if embedding.padding_idx is None else embedding.padding_idx
     return _Lookup.apply(embedding.weight, ids, padding)
+
+
+# ------------------------------------------------------------------------------------------------- rows of activations
+# Its own operator, so that the compiler does not make atomic additions in 16 bits of it, one for each number.
+_LIBRARY.define("spread_rows(Tensor grad, Tensor places, Tensor rows) -> Tensor")
+
+
+def _spread_rows(grad: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    spread = grad.new_zeros(*rows.shape[:-1], grad.shape[-1])
+    spread.view(-1, grad.shape[-1]).index_add_(0, places, grad)
+    return spread
+
+
+_LIBRARY.impl("spread_rows", _spread_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("slope::spread_rows")(
+    lambda grad, places, rows: grad.new_empty(*rows.shape[:-1], grad.shape[-1])
+)
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places):
+        rows = x.new_empty(*x.shape[:-1], 0)  # nothing but a shape: kept as numbers, the compiler takes it for constant
+        ctx.save_for_backward(places, rows)
+        return x.flatten(0, -2).index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.slope.spread_rows(grad, *ctx.saved_tensors), None
+
+
+def rows_of(x: Tensor, places: Tensor) -> Tensor:
+    """The rows of x [..., H] at `places` [R] among all of them, [R, H].
+
+    The gradients of a place that comes up more than once are added up in no fixed order. That changes nothing where
+    all of them but one, or two, are zero, as those of masked tokens' unused places are: their labels are ignored.
+    """
+    return _RowsOf.apply(x, places)

@@ -160,9 +160,42 @@ def join(layers: Sequence[nn.Module], tokens: Sequence[int]) -> bool:
     return True
 
 
+class _DenseProduct(torch.autograd.Function):
+    """x [..., in] in 16 bits times fp32 weights [out, in], rounded, side by side.
+
+    Autograd of a cast would round the weights' gradients to 16 bits, and convert them in a pass of its own. On a GPU
+    they are what the product has added up in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        weight = torch.cat([each.to(x.dtype) for each in weights])
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = [len(each) for each in weights]
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight = ctx.saved_tensors
+        rows, inputs = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad_y @ weight, *(_weight_gradient(part, inputs) for part in rows.split(ctx.sizes, 1))
+
+
+def _weight_gradient(grad_rows: Tensor, inputs: Tensor) -> Tensor:
+    if grad_rows.is_cuda:
+        return torch.mm(grad_rows.t(), inputs, out_dtype=torch.float32)
+    return (grad_rows.t() @ inputs).float()  # torch has the other on a GPU alone
+
+
+def _dense_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    if x.dtype == torch.float32 or any(weight.dtype != torch.float32 for weight in weights):
+        return F.linear(x, torch.cat(list(weights)))  # under autocast, in 16 bits all the same
+    return _DenseProduct.apply(x, *weights)
+
+
 def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's output [..., out] before its bias, and the bias, fp32 [out]."""
-    return F.linear(x, layer.weight) if type(layer) is nn.Linear else layer.product(x, None), layer.bias
+    return _dense_product(x, [layer.weight]) if type(layer) is nn.Linear else layer.product(x, None), layer.bias
 
 
 def _joint_of(layer: nn.Module) -> JointOperands | None:
@@ -178,7 +211,7 @@ def products(x: Tensor, layers: Sequence[nn.Module]) -> tuple[list[Tensor], Tens
     """
     bias = torch.cat([layer.bias for layer in layers])
     if all(type(layer) is nn.Linear for layer in layers):
-        return [F.linear(x, torch.cat([layer.weight for layer in layers]))], bias
+        return [_dense_product(x, [layer.weight for layer in layers])], bias
     joint = _joint_of(layers[0])
     if joint is None or any(_joint_of(layer) is not joint for layer in layers) or not joint.fits(layers):
         return [without_bias(layer, x)[0] for layer in layers], bias

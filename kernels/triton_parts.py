@@ -63,6 +63,8 @@ def _sum_shares(shares, total, programs, columns_in_all, COLUMNS: tl.constexpr, 
 def sum_of_shares(shares: Tensor) -> Tensor:
     """Over the first dimension, fp32 [programs, ...], contiguous, in a fixed order."""
     total = shares.new_empty(shares.shape[1:])
+    columns, rows = 16, 256  # few turns, each of which waits for memory, and programs for all multiprocessors
+    programs = (triton.cdiv(total.numel(), columns),)
     with torch.cuda.device_of(shares):
-        _sum_shares[(triton.cdiv(total.numel(), 32),)](shares, total, len(shares), total.numel(), 32, 128, num_warps=4)
+        _sum_shares[programs](shares, total, len(shares), total.numel(), columns, rows, num_warps=8)
     return total

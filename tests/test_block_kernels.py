@@ -57,6 +57,7 @@ def test_the_dense_kernels_compile_for_hopper():
     for kernel, constants, quotients in (*kernels, (dense._norm_backward, of_norm, 0)):
         compiled = compiled_for_hopper(kernel, types, constants, dense.WARPS)
         ptx = compiled.asm["ptx"]
+        assert ("cp.async" in ptx) == (kernel is dense._gelu_backward)  # its next rows come while these are computed
         assert ptx.count("rcp.approx.ftz.f32") == ptx.count("ex2.approx.ftz.f32") == quotients
         assert kernel is dense._norm_backward or "div." not in ptx  # which divides sums of rows alone
         registers, spilled = registers_of(compiled)

@@ -176,8 +176,8 @@ def test_nothing_is_traced_twice():
     torch._dynamo.utils.counters.clear()
     results_of(model, batch_of(LENGTHS[0]))
     counted = torch._dynamo.utils.counters
-    # The end of the embeddings, two kinds of block, the end of the last one, the head.
-    assert counted["aot_autograd"]["total"] == counted["stats"]["unique_graphs"] == 5
+    # The end of the embeddings, three kinds of block, the end of the last one, the head.
+    assert counted["aot_autograd"]["total"] == counted["stats"]["unique_graphs"] == 6
 
 
 ANOTHER_RUN = """
@@ -221,7 +221,7 @@ def test_blocks_of_one_kind_share_a_compilation_and_no_shape_takes_another(prune
     before = counted["unique_graphs"]
     check_same(results_of(model, batches[0]), expected[0])
     compiled = counted["unique_graphs"] - before
-    assert compiled <= 5, "the end of the embeddings, a first block, another block, the last end, the head"
+    assert compiled <= 6, "the end of the embeddings, a first block, another, the last, the last one's end, the head"
     for batch, right in zip(batches[1:], expected[1:], strict=True):
         check_same(results_of(model, batch), right)
     assert counted["unique_graphs"] - before == compiled, "a batch of another shape was compiled anew"
@@ -229,7 +229,7 @@ def test_blocks_of_one_kind_share_a_compilation_and_no_shape_takes_another(prune
         add_adapters(model, rank=4, seed=1)
         for batch, (losses, _) in zip(batches, expected, strict=True):
             assert results_of(model, batch)[0] == pytest.approx(losses, rel=5e-3)
-        assert counted["unique_graphs"] - before <= compiled + 2
+        assert counted["unique_graphs"] - before <= compiled + 3, "a first block, another, the last"
 
 
 # ------------------------------------------------------------------------------------------------------ between blocks
@@ -321,7 +321,7 @@ def kept_by(model: BertForPreTraining, batch: SimpleNamespace) -> int:
 def test_blocks_that_hand_on_what_is_unfinished_keep_no_more_than_others(dropout, monkeypatch):
     handing_on, batch = kept_by(compiled_model(dropout=dropout), batch_of(LENGTHS[0])), batch_of(LENGTHS[0])
     plain = modeling.BertLayer.forward
-    monkeypatch.setattr(modeling.BertLayer, "forward", lambda *given, hands_on: plain(*given))
+    monkeypatch.setattr(modeling.BertLayer, "forward", lambda *given, hands_on, **places: plain(*given, **places))
     assert 0 < handing_on <= kept_by(compiled_model(dropout=dropout), batch)
 
 

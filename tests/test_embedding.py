@@ -5,7 +5,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from kernels.embedding import FEW_ROWS, lookup
+from kernels.embedding import FEW_ROWS, lookup, rows_of
 
 
 @pytest.mark.parametrize("ids_shape", [(200,), (8, 25)], ids=str)
@@ -40,3 +40,15 @@ def test_settings_stay_as_they_are(before, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch._inductor.config.deterministic = False
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (3, 10, 8)], ids=str)
+def test_rows_at_places_and_their_gradients_are_torchs(shape):
+    """Places in any order, one of them twice."""
+    torch.manual_seed(0)
+    x, places, grad = torch.randn(shape, requires_grad=True), torch.tensor([29, 0, 7, 7, 12]), torch.randn(5, 8)
+    found, expected = rows_of(x, places), x.flatten(0, -2)[places]
+    assert torch.equal(found, expected)
+    ours, theirs = (torch.autograd.grad(out, x, grad)[0] for out in (found, expected))
+    assert ours.shape == x.shape
+    torch.testing.assert_close(ours, theirs)

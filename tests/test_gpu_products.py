@@ -14,6 +14,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_product_checks import SHAPES as DENSE_SHAPES
+from dense_product_checks import check_dense_product
 from joint_checks import (
     add_random_adapters,
     assert_joint_is_as_exact_as_apart,
@@ -402,3 +404,11 @@ def test_a_measured_choice_is_read_again(monkeypatch):
     monkeypatch.setattr(autotune, "_measure", lambda *_: pytest.fail("measured again"))
     assert autotune.tune(*arguments) == first
     assert autotune.choice_of(100, 128, 96, torch.float16) == first
+
+
+# ------------------------------------------------------------------------------------------------------ dense products
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*DENSE_SHAPES, (16384, 1024, (1024, 1024, 1024)), (16384, 1024, (4096,))], ids=str)
+def test_gradients_of_dense_weights_are_fp32_sums(shape, dtype):
+    """Rounded to 16 bits on their way, they would be off by thousands of fp32's roundings."""
+    assert check_dense_product("cuda", dtype, *shape) < 64

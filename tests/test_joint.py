@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_product_checks import SHAPES, check_dense_product
 from emulated_kernels import install
 from joint_checks import (
     DTYPE,
@@ -299,3 +300,10 @@ def test_a_models_gradients_with_adapters_are_the_same_joint_and_apart(when, mon
     assert not counted, "nothing is joined where nobody asks for it"
     assert_same_gradients(gradients_of(model), expected)
     assert counted.count("sparse_mm") == 2 and counted.count("adapter_grads") == 3
+
+
+# ------------------------------------------------------------------------------------------------------ dense products
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_products_without_biases_are_autocasts(shape, dtype):
+    check_dense_product("cpu", dtype, *shape)

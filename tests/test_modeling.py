@@ -152,7 +152,11 @@ def test_pretraining_matches_hugging_face(shape, hidden_act, attention):
         output_hidden_states=True,
     )
     tolerance = TOLERANCE[torch.float32]
-    for state, expected_state in zip(hidden, expected.hidden_states[1:], strict=True):
+    read = torch.cat([masked_positions, torch.zeros(len(masked_positions), 1, dtype=torch.long)], 1)  # by the two heads
+    *whole, last = expected.hidden_states[1:]
+    last = last.gather(1, read.unsqueeze(-1).expand(-1, -1, config.hidden_size))
+    expected_hidden = [*whole, torch.cat([last[:, :-1].flatten(0, 1), last[:, -1]])]
+    for state, expected_state in zip(hidden, expected_hidden, strict=True):
         torch.testing.assert_close(state, expected_state, **tolerance)
     index = masked_positions.unsqueeze(-1).expand(-1, -1, config.vocab_size)
     torch.testing.assert_close(
@@ -384,6 +388,22 @@ def test_initial_weights():
             error = 0.02 * 4 / parameter.numel() ** 0.5
             assert abs(parameter.std().item() - 0.02) < error, name
             assert abs(parameter.mean().item()) < error, name
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("next_sentence", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_behind_its_attention_the_last_block_computes_what_is_read(next_sentence, whole, checkpointed):
+    model = BertForPreTraining(replace(TINY, next_sentence=next_sentence))
+    model.bert.encoder.whole_last_block, model.bert.encoder.checkpoint_activations = whole, checkpointed
+    inputs, masked_positions, _, _ = make_batch(TINY, 3, 16)
+    tokens = []
+    for _, block in encoder_blocks(model)[-2:]:
+        for layer in (block.attention.output.dense, block.intermediate.dense, block.output.dense):
+            layer.register_forward_hook(lambda _layer, _given, out: tokens.append(out.numel() // out.shape[-1]))
+    model(**inputs, masked_positions=masked_positions)
+    read = masked_positions.numel() + 3 * next_sentence
+    assert tokens == [48] * 3 + [48 if whole else read] * 3
 
 
 def test_the_same_seed_makes_the_same_model():

@@ -206,6 +206,14 @@ def test_dropout_depends_on_step_micro_step_and_rank(files, tmp_path):
     assert twice[0] != pytest.approx(2 * first[0], rel=1e-6)
 
 
+@pytest.mark.parametrize(("pruned_matrix", "whole"), [("static-weight", False), ("dynamic-output-grad", True)])
+def test_an_ablation_that_prunes_by_what_other_tokens_hold_computes_the_whole_last_block(
+    files, tmp_path, pruned_matrix, whole
+):
+    run = assembled(files.flags(tmp_path, pruned_matrix=pruned_matrix, add_lora="False"))
+    assert run.engine.model.bert.encoder.whole_last_block == whole
+
+
 # ------------------------------------------------------------------------------------------------------------ the loss
 def test_the_gradient_is_that_of_the_global_means(files, tmp_path):
     """A batch of three micro-steps with 5, 1 and 0 masked tokens and 2, 1 and 0 sentence labels (design decision 7)."""

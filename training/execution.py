@@ -116,7 +116,7 @@ class Execution:
     places: int
     """Tokens of a micro-batch on this rank, at most."""
     other_tokens: Sequence[int]
-    """Of those with less padding than none: what sparse products are tuned for too."""
+    """Of those with less padding than none, and of some layers: what sparse products are tuned for too."""
     pack_multiple: int | None
     """What the tokens that lie end to end are filled up to a multiple of; None: they are padded."""
     short_attention: bool
@@ -139,6 +139,7 @@ def settle_execution(
     compiled: bool,
     shapes: int = MOST_SHAPES,
     shares: Sequence[float] = (),
+    few: Sequence[int] = (),
 ) -> Execution:
     """What the flags `unpad, attention, dense_kernels, cuda_graphs` ask for, as far as the device can.
 
@@ -148,6 +149,7 @@ def settle_execution(
         compiled: whether blocks are, on a GPU.
         shapes: see `fill_multiple`.
         shares: of a micro-batch's places that are usual where no padding is computed.
+        few: numbers of tokens that some layers alone are given.
     """
     on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
     unpadded, compiled = unpads(args, config, sparsity, world), compiled and on_gpu
@@ -161,7 +163,7 @@ def settle_execution(
         notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
     return Execution(
         places=places,
-        other_tokens=[round(share * places) for share in shares] if unpadded else [],
+        other_tokens=[*few, *(round(share * places) for share in shares if unpadded)],
         pack_multiple=fill_multiple(sequences, length, shapes) if unpadded else None,
         short_attention=short,
         compiled=compiled,

@@ -1,7 +1,8 @@
 """The useful work of a pretraining step, and what share of the chips' peak it is (MFU).
 
 Work is counted as if the model were dense and nothing were padded: sparsity, recomputed activations and padding change
-the time of a step, not its work, so runs of one model are compared by the same measure.
+the time of a step, not its work, so runs of one model are compared by the same measure. What no loss reads is no work:
+behind the last block's attention, the tokens that are neither predicted nor the first of a sequence.
 """
 
 from modeling import BertConfig
@@ -27,11 +28,13 @@ def useful_flops(
         masked_tokens: positions whose token the head predicts.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    block_weights = 4 * hidden**2 + 2 * hidden * config.intermediate_size
+    attention_weights, other_weights = 3 * hidden**2, hidden**2 + 2 * hidden * config.intermediate_size
+    last_tokens = masked_tokens + (sequences if config.next_sentence else 0)
     head_weights = hidden**2 + hidden * config.padded_vocab_size
     sentence_weights = hidden**2 + 2 * hidden if config.next_sentence else 0
     multiplications = (
-        layers * (block_weights * tokens + 2 * hidden * squared_lengths)
+        layers * (attention_weights * tokens + 2 * hidden * squared_lengths)
+        + other_weights * ((layers - 1) * tokens + last_tokens)
         + head_weights * masked_tokens
         + sentence_weights * sequences
     )
