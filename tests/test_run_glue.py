@@ -177,6 +177,17 @@ def test_a_finished_run_takes_no_more_steps(folder, sst2, tmp_path):
     }
 
 
+def test_checkpoints_are_saved_at_their_interval_and_at_the_end(folder, sst2, tmp_path, monkeypatch):
+    import training.finetuning
+
+    saved, plain = [], training.finetuning.save_checkpoint
+    monkeypatch.setattr(
+        training.finetuning, "save_checkpoint", lambda path, state: saved.append(state["step"]) or plain(path, state)
+    )
+    runs.run(GLUE, glue(folder, sst2, tmp_path, num_steps_per_checkpoint=4))
+    assert saved == [4, 6]
+
+
 def test_a_finetuned_checkpoint_is_evaluated_alone(sst2, tmp_path, whole_run):
     checkpoint = whole_run / "finetune_ckpts" / "ckpt_6.pt"
     flags = glue(checkpoint, sst2, tmp_path, do_train=None, do_predict=True)
