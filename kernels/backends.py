@@ -220,8 +220,8 @@ def select_backends(
         backend: one of `training.sparsity.SPARSE_BACKENDS`.
         tokens: rows of a product, those of a micro-batch: what the kernels are tuned for, and `auto` decides by.
         report: takes a line about each kind of layer.
-        other_tokens: what they are tuned for too, where micro-batches differ; any other number of rows takes the tile
-            of the nearest one.
+        other_tokens: what they are tuned for too, where micro-batches or layers differ; any other number of rows takes
+            the tile of the nearest one.
 
     Raises:
         UsageError: when `backend` is asked for by name and cannot run a layer.

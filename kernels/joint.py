@@ -188,8 +188,11 @@ def _weight_gradient(grad_rows: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _dense_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """In autocast's dtype, where that is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype == torch.float32 or any(weight.dtype != torch.float32 for weight in weights):
-        return F.linear(x, torch.cat(list(weights)))  # under autocast, in 16 bits all the same
+        return F.linear(x, torch.cat(list(weights)))
     return _DenseProduct.apply(x, *weights)
 
 

@@ -8,19 +8,26 @@ from kernels.joint import products, without_bias
 SHAPES = ((40, 64, (48,)), (3 * 40, 64, (32, 48, 16)))  # tokens, in, out of each layer
 
 
-def check_dense_product(device: str, dtype: torch.dtype, tokens: int, columns: int, outs: tuple[int, ...]) -> float:
+def check_dense_product(
+    device: str, dtype: torch.dtype, tokens: int, columns: int, outs: tuple[int, ...], exact_input: bool = False
+) -> float:
     """Outputs and gradients are those of autocast, in one tensor; the weights' gradients' error in roundings to fp32.
+
+    Args:
+        exact_input: in fp32, as what the embeddings make.
 
     Returns:
         The greatest error of a gradient's element, of the sum of its products' magnitudes, over fp32's epsilon.
     """
     torch.manual_seed(0)
     layers = [nn.Linear(columns, out, device=device) for out in outs]
-    x = torch.randn(tokens, columns, device=device).to(dtype).requires_grad_()
+    x = torch.randn(tokens, columns, device=device).to(dtype)
+    x = (x.float() if exact_input else x).requires_grad_()
     grad = torch.randn(tokens, sum(outs), device=device).to(dtype)
     with torch.autocast(device, dtype):
         right = torch.cat([nn.functional.linear(x, layer.weight) for layer in layers], -1)
         found = without_bias(layers[0], x)[0] if len(layers) == 1 else products(x, layers)[0][0]
+    assert type(found.grad_fn).__name__ == "_DenseProductBackward"
     weights = [layer.weight for layer in layers]
     expected = torch.autograd.grad(right, [x, *weights], grad)
     grads = torch.autograd.grad(found, [x, *weights], grad)

@@ -49,7 +49,7 @@ def test_the_dense_kernels_compile_for_hopper():
 
     types = dict.fromkeys(("grad_y", "x", "y", "grad_x", "grad_out", "grad_skip", "total", "grad_residual"), "*bf16")
     types |= dict.fromkeys(("bias", "shares", "mean", "inverse_deviation", "weight"), "*fp32") | {"seed": "*i32"}
-    types |= {"tokens": "i32", "tokens_of_program": "i32", "threshold": "i32", "kept_scale": "fp32"}
+    types |= {"tokens": "i32", "threshold": "i32", "kept_scale": "fp32"}
     of_gelu = {"COLUMNS": 4096, "BLOCK": dense.COLUMNS_OF_PROGRAM, "ROWS": dense.ROWS}
     of_norm = {"HIDDEN": 1024, "BLOCK": 1024, "ROWS": dense.ROWS_OF_NORM, "SKIP": True, "DROPOUT": True}
     numbers = dense.ROWS * dense.COLUMNS_OF_PROGRAM // (32 * dense.WARPS)  # of a thread

@@ -410,5 +410,5 @@ def test_a_measured_choice_is_read_again(monkeypatch):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*DENSE_SHAPES, (16384, 1024, (1024, 1024, 1024)), (16384, 1024, (4096,))], ids=str)
 def test_gradients_of_dense_weights_are_fp32_sums(shape, dtype):
-    """Rounded to 16 bits on their way, they would be off by thousands of fp32's roundings."""
-    assert check_dense_product("cuda", dtype, *shape) < 64
+    """Rounded to 16 bits on their way, they would be off by hundreds of fp32's roundings."""
+    assert check_dense_product("cuda", dtype, *shape) < 16

@@ -304,6 +304,7 @@ def test_a_models_gradients_with_adapters_are_the_same_joint_and_apart(when, mon
 
 # ------------------------------------------------------------------------------------------------------ dense products
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("exact_input", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dense_products_without_biases_are_autocasts(shape, dtype):
-    check_dense_product("cpu", dtype, *shape)
+def test_dense_products_without_biases_are_autocasts(shape, exact_input, dtype):
+    check_dense_product("cpu", dtype, *shape, exact_input)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data.storage import local_copy
-from modeling import BertConfig, BertForPreTraining, encoder_blocks, input_projections
+from modeling import BertConfig, BertEncoder, BertForPreTraining, encoder_blocks, input_projections
 from sparse_ops import add_adapters, sparsify
 from training.checkpoint import load_checkpoint
 from training.errors import UsageError
@@ -76,6 +76,9 @@ def build_model(
     model = make_model()
     if source is not None and not source.sparsity.sparse:
         _load(model, source, report)
+    for module in model.modules():
+        if isinstance(module, BertEncoder):
+            module.whole_last_block = not sparsity.weights_alone
     sparsify(model, sparsity, encoder_blocks(model), input_projections(model), seed, mask_init, with_operands)
     if sparsity.lora_rank:
         add_adapters(model, sparsity.lora_rank, seed)

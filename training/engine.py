@@ -61,7 +61,7 @@ class Engine:
             shares of all micro-steps and ranks add up to the loss. It may not wait for the device.
         compiled: parts of the model that torch.compile gets.
         dynamic: whether their inputs' sizes differ from batch to batch.
-        other_tokens: of smaller micro-batches, where their sizes differ: tuned for too.
+        other_tokens: that some micro-batches, or some layers, have instead: tuned for too.
         obstacle: the flag, if there is one, by which a micro-step asks the host what to do: it cannot be a graph then.
 
     Raises:
@@ -210,9 +210,10 @@ def engine_for(
     if execution.dense_kernels:
         use_kernels(model)
     unpadded = execution.pack_multiple is not None
+    last_block = [] if execution.last_block_tokens is None else [execution.last_block_tokens]
     engine = Engine(
         *(model, world, args, execution.places, execution.notes.append, objective),
-        other_tokens=execution.other_tokens,
+        other_tokens=[*execution.other_tokens, *last_block],
         compiled=compiled_parts(model) if execution.compiled else (),
         dynamic=unpadded,
         obstacle=execution.obstacle_to_graphs,

@@ -116,7 +116,9 @@ class Execution:
     places: int
     """Tokens of a micro-batch on this rank, at most."""
     other_tokens: Sequence[int]
-    """Of those with less padding than none, and of some layers: what sparse products are tuned for too."""
+    """Of micro-batches with padding, where none is computed: what sparse products are tuned for too."""
+    last_block_tokens: int | None
+    """What the last block computes behind its attention, if that is less: its products are tuned for it, too."""
     pack_multiple: int | None
     """What the tokens that lie end to end are filled up to a multiple of; None: they are padded."""
     short_attention: bool
@@ -139,7 +141,7 @@ def settle_execution(
     compiled: bool,
     shapes: int = MOST_SHAPES,
     shares: Sequence[float] = (),
-    few: Sequence[int] = (),
+    last_block_tokens: int | None = None,
 ) -> Execution:
     """What the flags `unpad, attention, dense_kernels, cuda_graphs` ask for, as far as the device can.
 
@@ -149,7 +151,7 @@ def settle_execution(
         compiled: whether blocks are, on a GPU.
         shapes: see `fill_multiple`.
         shares: of a micro-batch's places that are usual where no padding is computed.
-        few: numbers of tokens that some layers alone are given.
+        last_block_tokens: that a micro-batch has there behind the attention, where these are not all.
     """
     on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
     unpadded, compiled = unpads(args, config, sparsity, world), compiled and on_gpu
@@ -163,7 +165,8 @@ def settle_execution(
         notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
     return Execution(
         places=places,
-        other_tokens=[*few, *(round(share * places) for share in shares if unpadded)],
+        other_tokens=[round(share * places) for share in shares] if unpadded else [],
+        last_block_tokens=last_block_tokens,
         pack_multiple=fill_multiple(sequences, length, shapes) if unpadded else None,
         short_attention=short,
         compiled=compiled,

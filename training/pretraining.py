@@ -97,7 +97,7 @@ class PretrainingRun:
         """
         args = self.args
         self.sequence_length, self.longest = sequence_length, longest or sequence_length
-        last_block = self.local_batch_size * (args.max_predictions_per_seq + self.config.next_sentence)
+        read = self.local_batch_size * (args.max_predictions_per_seq + self.config.next_sentence)
         execution = settle_execution(
             *(args, self.config, self.sparsity, self.world),
             sequences=self.local_batch_size,
@@ -105,13 +105,12 @@ class PretrainingRun:
             longest=self.longest,
             compiled=not args.no_compile,
             shares=SHARES_OF_TOKENS,
-            few=[last_block],
+            last_block_tokens=read if self.sparsity.weights_alone else None,
         )
         self.notes, self.pack_multiple = execution.notes, execution.pack_multiple
         self.short_attention = execution.short_attention
         self.loss_sums = torch.compile(pretraining_loss_sums) if execution.compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
-        model.bert.encoder.whole_last_block = not self.sparsity.weights_alone
         self.engine = engine_for(model, execution, self.world, args, self.objective)
 
     def resume(self, checkpoint: dict) -> None:
