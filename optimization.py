@@ -209,11 +209,16 @@ def _group_of(name: str) -> str:
     return "no_decay" if leaf == "bias" or "LayerNorm" in modules else "decay"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lora_weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lora_weight_decay: float, lora_lr_scale: float = 1.0
+) -> list[dict]:
     """The trainable parameters in up to three groups: `decay`, `no_decay` (biases, LayerNorms), `adapters`.
 
-    Each has `name`, `params`, `param_names`, `weight_decay`, `trust_ratio`; an empty group is left out. A tied
-    parameter is listed once, under its first name.
+    Each has `name`, `params`, `param_names`, `weight_decay`, `trust_ratio`, `lr_scale`; an empty group is left out. A
+    tied parameter is listed once, under its first name.
+
+    Args:
+        lora_lr_scale: learning rate of the adapters over that of the others.
 
     Adapters have no trust ratio. Their right side starts at 0: LAMB's first step makes it as large as the learning
     rate, so from the second on the ratio would be that rate, and the adapters would stay where they are.
@@ -221,15 +226,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, lora_weight_decay: f
     weight_decays = {"decay": weight_decay, "no_decay": 0.0, "adapters": lora_weight_decay}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        _named_group(group, [(name, p) for name, p in trainable if _group_of(name) == group], decay)
+        _named_group(group, [(name, p) for name, p in trainable if _group_of(name) == group], decay, lora_lr_scale)
         for group, decay in weight_decays.items()
     ]
     return [group for group in groups if group["params"]]
 
 
-def _named_group(group: str, members: list[tuple[str, Tensor]], weight_decay: float) -> dict:
+def _named_group(group: str, members: list[tuple[str, Tensor]], weight_decay: float, lora_lr_scale: float) -> dict:
     names, params = [name for name, _ in members], [p for _, p in members]
-    own = {"weight_decay": weight_decay, "trust_ratio": group == "decay"}
+    lr_scale = lora_lr_scale if group == "adapters" else 1.0
+    own = {"weight_decay": weight_decay, "trust_ratio": group == "decay", "lr_scale": lr_scale}
     return {"name": group, "params": params, "param_names": names, **own}
 
 
@@ -262,13 +268,18 @@ def _for_apex(group: dict) -> dict:
     return group if group["trust_ratio"] else group | {"weight_decay": 0.0}
 
 
+def _of_adam(groups: list[dict]) -> dict:
+    return {"betas": BETAS, "eps": EPS, "fused": _on_cuda(groups) or None}
+
+
 # --optimizer's choices. `lamb` is ours, `fused-lamb` is apex's where there is one. `adamw` decouples the weight decay,
-# `adam` adds it to the gradient, `sgd` has no momentum.
+# `adam` adds it to the gradient, `sgd` has no momentum. On a GPU Adam is torch's fused one: its default there reads and
+# writes all of the state a dozen times.
 OPTIMIZERS = {
     "lamb": lambda groups, lr, max_grad_norm: Lamb(groups, lr, max_grad_norm=max_grad_norm),
     "fused-lamb": _fused_lamb,
-    "adamw": lambda groups, lr, _: torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS),
-    "adam": lambda groups, lr, _: torch.optim.Adam(groups, lr=lr, betas=BETAS, eps=EPS),
+    "adamw": lambda groups, lr, _: torch.optim.AdamW(groups, lr=lr, **_of_adam(groups)),
+    "adam": lambda groups, lr, _: torch.optim.Adam(groups, lr=lr, **_of_adam(groups)),
     "sgd": lambda groups, lr, _: torch.optim.SGD(groups, lr=lr),
 }
 
@@ -308,7 +319,9 @@ def clip_gradients(optimizer: Optimizer, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_([p for _, p, _ in _named(optimizer)], max_norm)
 
 
-def add_adapter_group(optimizer: Optimizer, model: nn.Module, lora_weight_decay: float) -> None:
+def add_adapter_group(
+    optimizer: Optimizer, model: nn.Module, lora_weight_decay: float, lora_lr_scale: float = 1.0
+) -> None:
     """Let the optimizer train the model's new adapters, from step 0; no other parameter's state is touched.
 
     Raises:
@@ -318,8 +331,8 @@ def add_adapter_group(optimizer: Optimizer, model: nn.Module, lora_weight_decay:
     new = [(n, p) for n, p in model.named_parameters() if _group_of(n) == "adapters" and p not in known]
     if not new:
         raise ValueError("the model has no adapters that are new to the optimizer: add them to the model first")
-    lr = optimizer.param_groups[0]["lr"]
-    group = _named_group("adapters", new, lora_weight_decay)
+    lr = optimizer.param_groups[0]["lr"]  # until `set_learning_rate`
+    group = _named_group("adapters", new, lora_weight_decay, lora_lr_scale)
     optimizer.add_param_group((_for_apex(group) if _is_apex(optimizer) else group) | {"lr": lr})
 
 
@@ -381,8 +394,13 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict) -> None:
         if steps_in_group:
             group["step"] = step
         else:
-            own["step"] = step if kind == "lamb" else torch.tensor(float(step))
+            own["step"] = step if kind == "lamb" else torch.tensor(float(step), device=_device_of_steps(p, group))
         optimizer.state[p] = own
+
+
+def _device_of_steps(p: Tensor, group: dict) -> torch.device:
+    """Where Adam counts them."""
+    return p.device if group["fused"] else torch.device("cpu")
 
 
 def _check_names_and_shapes(parameters: dict[str, Tensor], state: dict[str, dict]) -> None:
@@ -458,9 +476,10 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Give every group the learning rate `lr`, in place where the optimizer keeps it in a tensor."""
+    """Give every group the learning rate `lr`, times its scale, in place where the optimizer keeps it in a tensor."""
     for group in optimizer.param_groups:
+        own = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own

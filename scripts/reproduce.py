@@ -37,7 +37,7 @@ DOCS = ROOT / "docs/results.md"
 ESTIMATED_SEQUENCES = 305_000  # of the large corpus, vocabulary 16,384; for --dry_run without data
 # Flags that the numbers depend on: they are told again where the command of a report is shown.
 TELLING = (
-    *("epochs", "global_batch_size", "local_batch_size", "learning_rate", "sparse_learning_rate"),
+    *("epochs", "global_batch_size", "local_batch_size", "learning_rate", "sparse_learning_rate", "lora_lr_scale"),
     *("warmup_proportion", "seed", "precision", "finetune_seeds", "finetune_steps"),
 )
 
@@ -75,6 +75,7 @@ def parse_arguments(argv: list[str] | None = None):
     training.add_argument("--local_batch_size", default=64, type=whole(1), help="sequences of a micro-step")
     training.add_argument("--learning_rate", default=1.2e-3, type=real(0), help="peak learning rate of dense runs")
     training.add_argument("--sparse_learning_rate", default=1.2e-3, type=real(0), help="of runs sparse from the start")
+    training.add_argument("--lora_lr_scale", default=1.0, type=real(0), help="the adapters' rate over all else's")
     training.add_argument("--warmup_proportion", default=0.1, type=real(0, 0.5), help="share of the steps it rises in")
     training.add_argument("--seed", default=42, type=whole(0, 2**32 - 2), help="of weights, order, masks, dropout")
     training.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")

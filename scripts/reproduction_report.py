@@ -319,7 +319,8 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
     if any(RECIPES[name].source == "slope" for name in logs):
         lines.append(
             "Runs with adapters are SLoPe's run up to the checkpoint at 90% of the steps and go on from there; their "
-            "times count the part that they share."
+            "times count the part that they share. The adapters' learning rate is "
+            f"{settings.lora_lr_scale:g} of that of all else."
         )
     if "pruned_half" in logs:
         lines.append(

@@ -74,6 +74,7 @@ class Settings:
     learning_rate: float
     """Of runs that begin dense."""
     sparse_learning_rate: float
+    lora_lr_scale: float
     warmup_proportion: float
     seed: int
     precision: str
@@ -126,6 +127,7 @@ class Settings:
         path = output_dir / "settings.json"
         found = read_json(str(path), "--output_dir")
         found.setdefault("sparse_learning_rate", found.get("learning_rate"))  # earlier versions had one rate for all
+        found.setdefault("lora_lr_scale", 1.0)
         if set(found) != {field.name for field in fields(cls)}:
             raise UsageError(f"--output_dir {path}: holds no settings of this script; give another directory")
         return cls(**found)
@@ -195,6 +197,7 @@ class Plan:
             "seed": settings.seed,
             "precision": settings.precision,
             "lora_rank": settings.lora_rank,
+            "lora_lr_scale": settings.lora_lr_scale,
             "num_steps_per_checkpoint": interval,
             "keep_checkpoints": recipe.keep,
             "eval_interval": max(1, settings.steps // EVALUATIONS),

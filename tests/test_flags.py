@@ -19,6 +19,7 @@ PUBLISHED_DEFAULTS = {
     "masked_token_fraction": 0.2,
     "lora_rank": 4,
     "lora_weight_decay": 1e-4,
+    "lora_lr_scale": 1.0,
     "unstructured_mask_sparsity": 60.0,
     "num_steps_per_checkpoint": 100,
     "seed": 42,

@@ -57,6 +57,7 @@ def begun(
         learning_rate=1e-3,
         weight_decay=0.01,
         lora_weight_decay=1e-4,
+        lora_lr_scale=1.0,
         max_grad_norm=1.0,
         precision="bf16",
         double_prune_interval=1,
@@ -67,6 +68,7 @@ def begun(
         seed=3,
         global_batch_size=2 * batch,
         local_batch_size=batch,
+        max_predictions_per_seq=PREDICTED,
     )
     vars(run.args).update(PLAIN | flags)
     run.config = BertConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)

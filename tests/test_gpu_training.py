@@ -5,6 +5,7 @@ Skipped, with the reason, where there is no Hopper GPU or no way to compile the 
 
 from __future__ import annotations
 
+import copy
 import io
 import statistics
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels.backends import CutlassOperands
 from modeling import BertConfig, BertForPreTraining, pretraining_loss_sums
+from optimization import build_optimizer, load_optimizer_state, optimizer_state, parameter_groups
 from sparse_ops import DenseOperands, named_layers, unpack_bits
 from training.assembly import build_model
 from training.distributed import World
@@ -52,7 +54,13 @@ def make_engine(backend: str, interval: int = 1, compiled: bool = False) -> Engi
     model = build_model(
         lambda: BertForPreTraining(BertConfig(**BERT)), SparsityConfig(pruned_matrix="static-weight"), seed=0
     )
-    flags = {"optimizer": "fused-lamb", "learning_rate": 0.0, "weight_decay": 0.01, "lora_weight_decay": 1e-4}
+    flags = {
+        "optimizer": "fused-lamb",
+        "learning_rate": 0.0,
+        "weight_decay": 0.01,
+        "lora_weight_decay": 1e-4,
+        "lora_lr_scale": 1.0,
+    }
     flags |= {"max_grad_norm": 1.0, "precision": "bf16", "double_prune_interval": interval, "sparse_backend": backend}
     flags |= {"cuda_graphs": "auto"}
     world, parts = World(0, 1, 0, torch.device("cuda", 0)), list(model.bert.encoder.layer) if compiled else []
@@ -176,3 +184,29 @@ def test_checkpoint_of_one_backend_goes_on_in_the_other(writer, reader):
     with torch.no_grad():
         assert_near(scores_of(read, batches[4]), scores_of(wrote, batches[4]), tolerance=2**-6)  # after two blocks
     assert train(read, batches[4:]) == pytest.approx(train(wrote, batches[4:]), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_adam_is_fused_and_goes_on_from_a_checkpoint(name):
+    def trained(steps: int, state: tuple[dict, dict] | None = None) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64, device="cuda")
+        optimizer = build_optimizer(name, parameter_groups(model, 0.01, 1e-4), 1e-2)
+        assert optimizer.defaults["fused"]
+        if state is not None:
+            model.load_state_dict(state[0])
+            load_optimizer_state(optimizer, state[1])
+        for step in range(steps):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1.0 + step) * p.detach()
+            optimizer.step()
+        return model, optimizer
+
+    whole, _ = trained(2)
+    model, optimizer = trained(1)
+    state = copy.deepcopy((model.state_dict(), optimizer_state(optimizer)))
+    model, optimizer = trained(0, state)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0) * p.detach()
+    optimizer.step()
+    assert all(map(torch.equal, whole.parameters(), model.parameters()))

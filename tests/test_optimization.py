@@ -387,6 +387,22 @@ def test_the_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.125] * 3
 
 
+def test_adapters_have_a_share_of_the_rate_also_those_that_join():
+    model = Toy(adapters=True)
+    from_the_start = optimization.build_optimizer("lamb", parameter_groups(model, 0.01, 1e-4, lora_lr_scale=0.25), 1.0)
+    model = Toy()
+    joined = optimization.build_optimizer("lamb", parameter_groups(model, 0.01, 1e-4, lora_lr_scale=0.25), 1.0)
+    model.add_adapters()
+    add_adapter_group(joined, model, 1e-4, lora_lr_scale=0.25)
+    for optimizer in (from_the_start, joined):
+        set_learning_rate(optimizer, 0.5)
+        assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
+            "decay": 0.5,
+            "no_decay": 0.5,
+            "adapters": 0.125,
+        }
+
+
 def test_every_kind_that_can_be_built_has_a_name_in_checkpoints():
     for name in OPTIMIZERS:
         assert optimization.optimizer_kind(build(name, Toy())) in ("lamb", "adamw", "adam", "sgd")

@@ -206,6 +206,16 @@ def test_dropout_depends_on_step_micro_step_and_rank(files, tmp_path):
     assert twice[0] != pytest.approx(2 * first[0], rel=1e-6)
 
 
+def test_adapters_have_their_share_of_the_rate_whether_they_join_or_are_there(files, tmp_path):
+    run = assembled(files.flags(tmp_path, lora_lr_scale=0.5))
+    run.engine.join_adapters(run.args.lora_rank, run.args.seed)
+    joined = run.engine
+    run.build_engine(joined.model, run.sequence_length)
+    for engine in (joined, run.engine):
+        scales = {group["name"]: group["lr_scale"] for group in engine.optimizer.param_groups}
+        assert scales == {"decay": 1.0, "no_decay": 1.0, "adapters": 0.5}
+
+
 @pytest.mark.parametrize(("pruned_matrix", "whole"), [("static-weight", False), ("dynamic-output-grad", True)])
 def test_an_ablation_that_prunes_by_what_other_tokens_hold_computes_the_whole_last_block(
     files, tmp_path, pruned_matrix, whole

@@ -53,8 +53,9 @@ class Engine:
 
     Args:
         model: already pruned; moved to the world's device.
-        args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, max_grad_norm, precision,
-            double_prune_interval, sparse_backend, cuda_graphs`, and `gradient_communication` where there is one.
+        args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, lora_lr_scale, max_grad_norm,
+            precision, double_prune_interval, sparse_backend, cuda_graphs`, and `gradient_communication` where there is
+            one.
         tokens: of a micro-batch on this rank, at most: what the sparse products are tuned for.
         report: takes a line about what runs the sparse products, and LAMB where its kernels cannot.
         objective: (model, batch on the device) -> (this rank's share of the loss, a small tensor to be logged). The
@@ -91,7 +92,7 @@ class Engine:
         if compiled:
             settle_compiler()
         select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
-        groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay)
+        groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay, args.lora_lr_scale)
         self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
         if isinstance(self.optimizer, Lamb) and world.device.type == "cuda":
             try:
@@ -177,7 +178,7 @@ class Engine:
     def join_adapters(self, rank: int, seed: int) -> None:
         """Adapters join: new parameters, a new optimizer group at step 0; nothing else changes, no output either."""
         add_adapters(self.model, rank, seed)
-        add_adapter_group(self.optimizer, self.model, self.args.lora_weight_decay)
+        add_adapter_group(self.optimizer, self.model, self.args.lora_weight_decay, self.args.lora_lr_scale)
         self.connect()
 
     def state_dict(self) -> dict:
