@@ -28,6 +28,14 @@ def test_gradients_of_the_end_of_half_a_block(shape, probability, twice, dtype):
     check_norm("cpu", dtype, shape, probability, twice)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (256, 3, 40), (300, 3, 40), (528, 64)], ids=str)
+def test_all_shares_are_added_up(shape):
+    from kernels.triton_parts import sum_of_shares
+
+    shares = torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(sum_of_shares(shares), shares.sum(0))  # whole numbers: in any order
+
+
 def test_equal_inputs_give_equal_bits():
     check_equal_bits("cpu", torch.float16)
 
