@@ -320,7 +320,7 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
         lines.append(
             "Runs with adapters are SLoPe's run up to the checkpoint at 90% of the steps and go on from there; their "
             "times count the part that they share. The adapters' learning rate is "
-            f"{settings.lora_lr_scale:g} of that of all else."
+            f"{settings.lora_lr_scale:g} times that of all else."
         )
     if "pruned_half" in logs:
         lines.append(
