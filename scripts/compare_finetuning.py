@@ -44,7 +44,7 @@ SQUAD_SETTINGS = [
 TASKS = {
     "STS-B": ([*GLUE_SETTINGS, "--num_train_epochs", "4"], ("pearson", "spearman"), 100),
     "SST-2-shaped": ([*GLUE_SETTINGS, "--num_train_epochs", "3"], ("accuracy",), 100),
-    "QNLI-shaped": ([*GLUE_SETTINGS, "--num_train_epochs", "2"], ("accuracy",), 100),
+    "QNLI-shaped": ([*GLUE_SETTINGS, "--num_train_epochs", "1"], ("accuracy",), 100),
     "SQuAD": ([*SQUAD_SETTINGS, "--num_train_epochs", "2"], ("exact_match", "f1"), 1),
 }
 

@@ -233,15 +233,17 @@ def planned_jobs(args, plan: Plan, gpus: Sequence[dict]) -> dict[str, Planned]:
     def can_begin(name: str, unfinished: Collection[str]) -> bool:
         return RECIPES[name].source not in unfinished or plan.can_branch_off(name)
 
+    longest_first = sorted(args.names, key=lambda name: RECIPES[name].branch)  # so that no GPU waits at the end
     pretrainings = {
-        name: Planned(pretrain_and_report(name), functools.partial(can_begin, name), alone=True) for name in args.names
+        name: Planned(pretrain_and_report(name), functools.partial(can_begin, name), alone=True)
+        for name in longest_first
     }
     finetunings = {
         f"{name}, {task}": Planned(
             finetune(plan, name, task, log_beside(plan.finetuning_directory(name, task), len(gpus) * args.parallel)),
             lambda unfinished, name=name: name not in unfinished,
         )
-        for name, task in product(args.names, args.task_names)
+        for name, task in product(longest_first, reversed(args.task_names))
     }
     return pretrainings | finetunings
 
