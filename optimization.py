@@ -273,8 +273,8 @@ def _of_adam(groups: list[dict]) -> dict:
 
 
 # --optimizer's choices. `lamb` is ours, `fused-lamb` is apex's where there is one. `adamw` decouples the weight decay,
-# `adam` adds it to the gradient, `sgd` has no momentum. On a GPU Adam is torch's fused one: its default there passes over
-# the state once for each operation of the formula.
+# `adam` adds it to the gradient, `sgd` has no momentum. On a GPU Adam is torch's fused one: its default there passes
+# over the state once for each operation of the formula.
 OPTIMIZERS = {
     "lamb": lambda groups, lr, max_grad_norm: Lamb(groups, lr, max_grad_norm=max_grad_norm),
     "fused-lamb": _fused_lamb,

@@ -177,6 +177,16 @@ def test_a_finished_run_takes_no_more_steps(folder, sst2, tmp_path):
     }
 
 
+@pytest.mark.parametrize(("unpad", "half", "others"), [("False", 2, []), ("True", 1, [2, 1.5, 0.5])])
+def test_products_are_chosen_by_the_tokens_of_a_usual_batch(folder, sst2, tmp_path, monkeypatch, unpad, half, others):
+    """Half of a batch's places, where no padding is computed."""
+    told = []
+    monkeypatch.setattr("training.engine.select_backends", lambda *given: told.append((given[3], given[5])))
+    runs.run(GLUE, glue(folder, sst2, tmp_path, unpad=unpad, max_steps=1))
+    places = 8 * LENGTH
+    assert told == [(half * places / 2, [share * places / 2 for share in others])]
+
+
 def test_checkpoints_are_saved_at_their_interval_and_at_the_end(folder, sst2, tmp_path, monkeypatch):
     import training.finetuning
 

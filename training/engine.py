@@ -56,7 +56,7 @@ class Engine:
         args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, lora_lr_scale, max_grad_norm,
             precision, double_prune_interval, sparse_backend, cuda_graphs`, and `gradient_communication` where there is
             one.
-        tokens: of a micro-batch on this rank, at most: what the sparse products are tuned for.
+        tokens: of a micro-batch on this rank: what the sparse products are tuned for, and chosen by.
         report: takes a line about what runs the sparse products, and LAMB where its kernels cannot.
         objective: (model, batch on the device) -> (this rank's share of the loss, a small tensor to be logged). The
             shares of all micro-steps and ranks add up to the loss. It may not wait for the device.
@@ -213,14 +213,14 @@ def engine_for(
     unpadded = execution.pack_multiple is not None
     last_block = [] if execution.last_block_tokens is None else [execution.last_block_tokens]
     engine = Engine(
-        *(model, world, args, execution.places, execution.notes.append, objective),
+        *(model, world, args, execution.tokens, execution.notes.append, objective),
         other_tokens=[*execution.other_tokens, *last_block],
         compiled=compiled_parts(model) if execution.compiled else (),
         dynamic=unpadded,
         obstacle=execution.obstacle_to_graphs,
     )
     if execution.short_attention:
-        tokens = [execution.places, *execution.other_tokens]
+        tokens = [execution.tokens, *execution.other_tokens]
         joined = sum(join(block.attention.self.projections(), tokens) for _, block in encoder_blocks(model))
         together = f", query, key and value in one 2:4 product in {joined} blocks" if joined else ""
         execution.notes.append(f"attention of short sequences by kernels of ours{together}")

@@ -113,10 +113,10 @@ def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int
 class Execution:
     """How a run's micro-steps go."""
 
-    places: int
-    """Tokens of a micro-batch on this rank, at most."""
+    tokens: int
+    """Of a usual micro-batch here: what sparse products are tuned for, and `--sparse_backend auto` decides by."""
     other_tokens: Sequence[int]
-    """Of micro-batches with padding, where none is computed: what sparse products are tuned for too."""
+    """Of others, where no padding is computed: what sparse products are tuned for too."""
     last_block_tokens: int | None
     """What the last block computes behind its attention, if that is less: its products are tuned for it, too."""
     pack_multiple: int | None
@@ -140,6 +140,7 @@ def settle_execution(
     longest: int | None = None,
     compiled: bool,
     shapes: int = MOST_SHAPES,
+    usual_share: float = 1.0,
     shares: Sequence[float] = (),
     last_block_tokens: int | None = None,
 ) -> Execution:
@@ -150,7 +151,7 @@ def settle_execution(
         longest: tokens of any sequence, where evaluations have longer ones.
         compiled: whether blocks are, on a GPU.
         shapes: see `fill_multiple`.
-        shares: of a micro-batch's places that are usual where no padding is computed.
+        usual_share, shares: of a micro-batch's places, those that hold a token in a usual one and in others.
         last_block_tokens: that a micro-batch has there behind the attention, where these are not all.
     """
     on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
@@ -164,7 +165,7 @@ def settle_execution(
     if compiled and not dense_kernels:
         notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
     return Execution(
-        places=places,
+        tokens=round(usual_share * places) if unpadded else places,
         other_tokens=[round(share * places) for share in shares] if unpadded else [],
         last_block_tokens=last_block_tokens,
         pack_multiple=fill_multiple(sequences, length, shapes) if unpadded else None,

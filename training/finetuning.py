@@ -41,7 +41,8 @@ LOSING_SCORE = -1e4  # of positions in the padding
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, which tensor cores like
 GRAPH_LENGTH_MULTIPLE = 64  # to fewer lengths where each takes a CUDA graph of its own
 PACKED_SHAPES = 32  # that batches of one size come in without padding; in pretraining, with more steps, 64
-SHARES_OF_TOKENS = (0.75, 0.5, 0.25)  # of a batch's places that are none of padding: sparse products are tuned for them
+# Of a batch's places, those that are none of padding: what sparse products are chosen by, and tuned for too.
+USUAL_SHARE, SHARES_OF_TOKENS = 0.5, (1.0, 0.75, 0.25)
 
 
 class Features(Protocol):
@@ -127,6 +128,7 @@ class FineTuning:
             length=args.max_seq_length,
             compiled=args.compile,
             shapes=PACKED_SHAPES,
+            usual_share=USUAL_SHARE,
             shares=SHARES_OF_TOKENS,
         )
         # Not a method: a cycle would keep this run's memory on the device when the next seed's begins.
