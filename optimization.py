@@ -268,27 +268,32 @@ def _for_apex(group: dict) -> dict:
     return group if group["trust_ratio"] else group | {"weight_decay": 0.0}
 
 
-def _of_adam(groups: list[dict]) -> dict:
-    return {"betas": BETAS, "eps": EPS, "fused": _on_cuda(groups) or None}
+def _of_adam(groups: list[dict], scaled: bool) -> dict:
+    return {"betas": BETAS, "eps": EPS, "fused": (_on_cuda(groups) and not scaled) or None}
 
 
 # --optimizer's choices. `lamb` is ours, `fused-lamb` is apex's where there is one. `adamw` decouples the weight decay,
-# `adam` adds it to the gradient, `sgd` has no momentum. On a GPU Adam is torch's fused one: its default there passes
-# over the state once for each operation of the formula.
+# `adam` adds it to the gradient, `sgd` has no momentum. On a GPU Adam is torch's fused one, one kernel over all of the
+# state; not with loss scaling, where a fused step that overflows looks to hooks like one that was taken.
 OPTIMIZERS = {
-    "lamb": lambda groups, lr, max_grad_norm: Lamb(groups, lr, max_grad_norm=max_grad_norm),
-    "fused-lamb": _fused_lamb,
-    "adamw": lambda groups, lr, _: torch.optim.AdamW(groups, lr=lr, **_of_adam(groups)),
-    "adam": lambda groups, lr, _: torch.optim.Adam(groups, lr=lr, **_of_adam(groups)),
-    "sgd": lambda groups, lr, _: torch.optim.SGD(groups, lr=lr),
+    "lamb": lambda groups, lr, max_grad_norm, _: Lamb(groups, lr, max_grad_norm=max_grad_norm),
+    "fused-lamb": lambda groups, lr, max_grad_norm, _: _fused_lamb(groups, lr, max_grad_norm),
+    "adamw": lambda groups, lr, _, scaled: torch.optim.AdamW(groups, lr=lr, **_of_adam(groups, scaled)),
+    "adam": lambda groups, lr, _, scaled: torch.optim.Adam(groups, lr=lr, **_of_adam(groups, scaled)),
+    "sgd": lambda groups, lr, _, __: torch.optim.SGD(groups, lr=lr),
 }
 
 # What a checkpoint calls the optimizer that wrote it, by class: every LAMB is one and the same.
 KINDS = {"Lamb": "lamb", "FusedLAMB": "lamb", "AdamW": "adamw", "Adam": "adam", "SGD": "sgd"}
 
 
-def build_optimizer(name: str, groups: list[dict], lr: float, max_grad_norm: float = 1.0) -> Optimizer:
+def build_optimizer(
+    name: str, groups: list[dict], lr: float, max_grad_norm: float = 1.0, scaled: bool = False
+) -> Optimizer:
     """The optimizer that `--optimizer` names, over `parameter_groups`. `max_grad_norm` is LAMB's own clipping.
+
+    Args:
+        scaled: whether losses are scaled, so that a step that overflows is left out.
 
     Raises:
         UsageError: a name that is not in OPTIMIZERS, or a norm of 0, which would clip every gradient to nothing.
@@ -297,7 +302,7 @@ def build_optimizer(name: str, groups: list[dict], lr: float, max_grad_norm: flo
         raise UsageError(f"--max_grad_norm {max_grad_norm:g}: must be above 0")
     if name not in OPTIMIZERS:
         raise UsageError(f"--optimizer {name}: not an optimizer of this suite; choose one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name](groups, lr, max_grad_norm)
+    return OPTIMIZERS[name](groups, lr, max_grad_norm, scaled)
 
 
 def optimizer_kind(optimizer: Optimizer) -> str:

@@ -233,7 +233,8 @@ def planned_jobs(args, plan: Plan, gpus: Sequence[dict]) -> dict[str, Planned]:
     def can_begin(name: str, unfinished: Collection[str]) -> bool:
         return RECIPES[name].source not in unfinished or plan.can_branch_off(name)
 
-    longest_first = sorted(args.names, key=lambda name: RECIPES[name].branch)  # so that no GPU waits at the end
+    # The longest first, so that no GPU waits at the end: runs that branch off late are short; so are the first tasks.
+    longest_first = sorted(args.names, key=lambda name: RECIPES[name].branch)
     pretrainings = {
         name: Planned(pretrain_and_report(name), functools.partial(can_begin, name), alone=True)
         for name in longest_first

@@ -314,13 +314,19 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
         f"of degree 0.5; {settings.precision}; seed {settings.seed}, the same order of the data for all. Times are "
         "sums over the steps, compilation included, evaluations and checkpoints left out.",
         f"Scores of fine-tuning in percent, mean ± sample standard deviation over the seeds {settings.finetune_seeds}; "
-        f"SQuAD v1.1 of seed {SQUAD_SEED} alone, in windows that are longer than pretraining's sequences.",
+        f"SQuAD v1.1 of seed {SQUAD_SEED} alone, in windows that are longer than pretraining's sequences. Epochs: "
+        + ", ".join(f"{task} {flags[flags.index('--num_train_epochs') + 1]}" for task, (flags, *_) in TASKS.items())
+        + ".",
     ]
     if any(RECIPES[name].source == "slope" for name in logs):
         lines.append(
             "Runs with adapters are SLoPe's run up to the checkpoint at 90% of the steps and go on from there; their "
-            "times count the part that they share. The adapters' learning rate is "
-            f"{settings.lora_lr_scale:g} times that of all else."
+            "times count the part that they share."
+            + (
+                f" Their adapters' learning rate is {settings.lora_lr_scale:g} times that of all else."
+                if settings.lora_lr_scale != 1
+                else ""
+            )
         )
     if "pruned_half" in logs:
         lines.append(

@@ -57,7 +57,7 @@ def settings(**changes) -> Settings:
         "local_batch_size": 64,
         "learning_rate": 2e-3,
         "sparse_learning_rate": 3e-3,
-        "lora_lr_scale": 1.0,
+        "lora_lr_scale": 0.5,
     }
     training |= {"warmup_proportion": 0.1, "seed": 42, "precision": "bf16", "finetune_seeds": "0,1,2"}
     training |= {"finetune_steps": None, "model": model, "sequences": 305_129, "sequence_length": 128}

@@ -1,5 +1,6 @@
 """optimization.py: groups, the choice of the optimizer, checkpoint layout, schedules. LAMB: test_lamb.py."""
 
+import copy
 import io
 import math
 import sys
@@ -387,20 +388,55 @@ def test_the_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.125] * 3
 
 
-def test_adapters_have_a_share_of_the_rate_also_those_that_join():
-    model = Toy(adapters=True)
-    from_the_start = optimization.build_optimizer("lamb", parameter_groups(model, 0.01, 1e-4, lora_lr_scale=0.25), 1.0)
-    model = Toy()
-    joined = optimization.build_optimizer("lamb", parameter_groups(model, 0.01, 1e-4, lora_lr_scale=0.25), 1.0)
-    model.add_adapters()
-    add_adapter_group(joined, model, 1e-4, lora_lr_scale=0.25)
-    for optimizer in (from_the_start, joined):
+@pytest.mark.parametrize("name", ["lamb", "fused-lamb"])
+@pytest.mark.parametrize("rate", [1.0, torch.tensor(1.0)], ids=["number", "tensor"])
+def test_adapters_have_a_share_of_the_rate_also_those_that_join(name, rate, apex, cuda):
+    from_the_start, joining = Toy(adapters=True), Toy()
+    optimizers = [
+        optimization.build_optimizer(name, parameter_groups(model, 0.01, 1e-4, lora_lr_scale=0.25), rate)
+        for model in (from_the_start, joining)
+    ]
+    joining.add_adapters()
+    add_adapter_group(optimizers[1], joining, 1e-4, lora_lr_scale=0.25)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = copy.deepcopy(group["lr"])  # a tensor of its own
         set_learning_rate(optimizer, 0.5)
-        assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
-            "decay": 0.5,
-            "no_decay": 0.5,
-            "adapters": 0.125,
-        }
+        rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        assert rates == {"decay": 0.5, "no_decay": 0.5, "adapters": 0.125}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_on_a_gpu_is_fused_and_goes_on_from_a_checkpoint_and_in_a_new_phase(name, cuda):
+    whole, model = Toy(), Toy()
+    optimizer, loaded = build(name, whole), build(name, model)
+    assert optimizer.defaults["fused"]
+    train(whole, optimizer, range(2))
+    model.load_state_dict(whole.state_dict())
+    load_optimizer_state(loaded, optimizer_state(optimizer))
+    for each in (optimizer, loaded):
+        assert {str(state["step"].device) for state in each.state.values()} == {"cpu"}  # the parameters' own
+    reset_steps(optimizer)
+    reset_steps(loaded)
+    train(whole, optimizer, range(2, 4))
+    train(model, loaded, range(2, 4))
+    torch.testing.assert_close(whole.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_step_that_overflows_is_not_taken(name, cuda):
+    """Neither do hooks see it, which count steps."""
+    model, scaler, taken = Toy(), torch.amp.GradScaler("cpu"), []
+    optimizer = build(name, model, scaled=True)
+    optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    for number in (1.0, float("inf"), 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, number)
+        scaler.scale(torch.zeros(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert len(taken) == 2
 
 
 def test_every_kind_that_can_be_built_has_a_name_in_checkpoints():

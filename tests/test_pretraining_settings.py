@@ -206,21 +206,23 @@ def test_dropout_depends_on_step_micro_step_and_rank(files, tmp_path):
     assert twice[0] != pytest.approx(2 * first[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("unpad", ["False", "True"])
 @pytest.mark.parametrize(
     ("pruned_matrix", "next_sentence", "tokens"),
     [("static-weight", True, [3 * 5]), ("static-weight", False, [3 * 4]), ("dynamic-input", True, [])],
 )
 def test_products_are_tuned_for_the_tokens_of_the_last_block(
-    files, tmp_path, monkeypatch, pruned_matrix, next_sentence, tokens
+    files, tmp_path, monkeypatch, pruned_matrix, next_sentence, tokens, unpad
 ):
-    """3 sequences, each with 4 tokens to predict and a first one."""
+    """3 sequences, each with 4 tokens to predict and a first one; after those of batches with some padding."""
     told = []
     monkeypatch.setattr("training.engine.select_backends", lambda *given: told.append(given[-1]))
     model = tmp_path / "model.json"
     model.write_text(json.dumps(json.loads(files.model.read_text()) | {"next_sentence": next_sentence}))
-    flags = {"model_config_file": model, "pruned_matrix": pruned_matrix, "add_lora": "False"}
+    flags = {"model_config_file": model, "pruned_matrix": pruned_matrix, "add_lora": "False", "unpad": unpad}
     assembled(files.flags(tmp_path / "out", **flags))
-    assert told == [tokens]
+    (other_tokens,) = told
+    assert other_tokens[5 if unpad == "True" else 0 :] == tokens
 
 
 def test_adapters_have_their_share_of_the_rate_whether_they_join_or_are_there(files, tmp_path):

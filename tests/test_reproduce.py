@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -479,6 +480,7 @@ def test_what_is_sparse_from_the_start_has_a_learning_rate_of_its_own(tmp_path):
     }
     assert rates.pop("dense") == 2e-3 and rates.pop("pruned_half") == pytest.approx(2e-3 / 2**0.5)
     assert set(rates.values()) == {3e-3}
+    assert run_pretraining.parse_arguments(plan.pretraining_command("lazy_1")[2:]).lora_lr_scale == 0.5
 
 
 def test_settings_of_earlier_versions_had_one_learning_rate(tmp_path):
@@ -487,6 +489,8 @@ def test_settings_of_earlier_versions_had_one_learning_rate(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sparse_learning_rate"}))
     assert Settings.load(tmp_path) == now
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "lora_lr_scale"}))
+    assert Settings.load(tmp_path) == dataclasses.replace(now, lora_lr_scale=1.0)
 
 
 def test_the_cut_schedule_is_the_whole_one(tmp_path):

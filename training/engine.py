@@ -93,7 +93,8 @@ class Engine:
             settle_compiler()
         select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay, args.lora_lr_scale)
-        self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm)
+        scaled = args.precision == "fp16"
+        self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm, scaled)
         if isinstance(self.optimizer, Lamb) and world.device.type == "cuda":
             try:
                 lamb_kernels(world.device)
@@ -101,7 +102,7 @@ class Engine:
                 report(f"LAMB in torch's foreach operations ({reason})")
         # What torch begins with is meant for losses that are averaged over ranks; ours are shares of one loss.
         init_scale = 2.0**16 * world.size
-        self.scaler = torch.amp.GradScaler(world.device.type, init_scale, enabled=args.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(world.device.type, init_scale, enabled=scaled)
         self.refresh = OperandRefresh(model, args.double_prune_interval)
         self.refresh.attach(self.optimizer)
 

@@ -118,7 +118,7 @@ class Execution:
     other_tokens: Sequence[int]
     """Of others, where no padding is computed: what sparse products are tuned for too."""
     last_block_tokens: int | None
-    """What the last block computes behind its attention, if that is less: its products are tuned for it, too."""
+    """What the last block computes behind its attention, if not all: its products are tuned for it, too."""
     pack_multiple: int | None
     """What the tokens that lie end to end are filled up to a multiple of; None: they are padded."""
     short_attention: bool

@@ -186,7 +186,10 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
     group.add_argument("--lora_rank", default=4, type=whole(1), help="rank of the low-rank adapters")
     group.add_argument("--lora_weight_decay", default=1e-4, type=real(0), help="weight decay of the adapters")
     group.add_argument(
-        "--lora_lr_scale", default=1.0, type=real(0), help="learning rate of the adapters over that of all else"
+        "--lora_lr_scale",
+        default=1.0,
+        type=real(0),
+        help="learning rate of the adapters over that of all else; 0: they stay as they are",
     )
     return group
 
