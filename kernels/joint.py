@@ -160,6 +160,11 @@ def join(layers: Sequence[nn.Module], tokens: Sequence[int]) -> bool:
     return True
 
 
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """One alone is not copied."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
 class _DenseProduct(torch.autograd.Function):
     """x [..., in] in 16 bits times fp32 weights [out, in], rounded, side by side.
 
@@ -169,7 +174,7 @@ class _DenseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *weights):
-        weight = torch.cat([each.to(x.dtype) for each in weights])
+        weight = _side_by_side([each.to(x.dtype) for each in weights])
         ctx.save_for_backward(x, weight)
         ctx.sizes = [len(each) for each in weights]
         return x @ weight.t()
@@ -192,7 +197,7 @@ def _dense_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype == torch.float32 or any(weight.dtype != torch.float32 for weight in weights):
-        return F.linear(x, torch.cat(list(weights)))
+        return F.linear(x, _side_by_side(weights))
     return _DenseProduct.apply(x, *weights)
 
 

@@ -308,3 +308,10 @@ def test_a_models_gradients_with_adapters_are_the_same_joint_and_apart(when, mon
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense_products_without_biases_are_autocasts(shape, exact_input, dtype):
     check_dense_product("cpu", dtype, *shape, exact_input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_alone_is_not_copied_to_lie_beside_others(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("copied"))
+    layer, x = nn.Linear(8, 4), torch.randn(3, 8, dtype=dtype)
+    assert joint.without_bias(layer, x)[0].shape == (3, 4)

@@ -414,8 +414,6 @@ def test_adam_on_a_gpu_is_fused_and_goes_on_from_a_checkpoint_and_in_a_new_phase
     train(whole, optimizer, range(2))
     model.load_state_dict(whole.state_dict())
     load_optimizer_state(loaded, optimizer_state(optimizer))
-    for each in (optimizer, loaded):
-        assert {str(state["step"].device) for state in each.state.values()} == {"cpu"}  # the parameters' own
     reset_steps(optimizer)
     reset_steps(loaded)
     train(whole, optimizer, range(2, 4))

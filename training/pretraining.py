@@ -105,7 +105,7 @@ class PretrainingRun:
             longest=self.longest,
             compiled=not args.no_compile,
             shares=SHARES_OF_TOKENS,
-            last_block_tokens=read if self.sparsity.weights_alone else None,
+            last_block_tokens=None if model.bert.encoder.whole_last_block else read,
         )
         self.notes, self.pack_multiple = execution.notes, execution.pack_multiple
         self.short_attention = execution.short_attention
