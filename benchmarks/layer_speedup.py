@@ -9,7 +9,8 @@ through the layers that a model runs, nn.Linear with weights of the products' dt
 with autograd, as one CUDA graph; attention, norms, activations and optimizer are not in it.
 
     training     forward, input gradient, weight gradient, and the gradient's sum over micro-steps in fp32: dense adds
-                 the gradient of all weights, SLoPe gathers that of the kept ones and adds it
+                 the gradient of all weights, SLoPe gathers that of the kept ones and adds it; SLoPe
+                 rounds its fp32 values, too
     inference    forward alone
 
 The limit of the method is x1.5 in training, since one product of three stays dense, and x2 in inference.
@@ -34,9 +35,11 @@ from benchmarks.common import (
     make_layers,
     names_among,
     parse_benchmark_flags,
+    round_values,
     run_on_kernels,
 )
 from benchmarks.timing import Timer, Timings, interleave
+from sparse_ops import SparseLinear
 from training.flags import add_switch, run_door
 
 BERT_RANKS = (0, 16, 64)
@@ -111,9 +114,10 @@ class Training:
 
 
 class Inference:
-    """Forward of all products."""
+    """Forward of all products, from weights in their dtype, which the layers hold from now on."""
 
     def __init__(self, layers: Sequence[nn.Module], data: Data):
+        round_values([layer for layer in layers if isinstance(layer, SparseLinear)])
         self.layers, self.data = layers, data
 
     @torch.no_grad()

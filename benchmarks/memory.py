@@ -101,7 +101,7 @@ def inference_tensors(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[
     for module in (inner for outer in modules for inner in outer.modules()):
         if isinstance(module, SparseLinear):
             operands = module.operands
-            found = (operands.kept, operands.left_rows, operands.right_kept, module.bias)
+            found = (operands.forward_kept(module), operands.left_rows, operands.right_kept, module.bias)
             read += [tensor for tensor in found if tensor is not None]
             index.append(operands.metadata)
         else:

@@ -33,6 +33,7 @@ from benchmarks.common import (
     hopper_gpu_with_kernels,
     make_layers,
     parse_benchmark_flags,
+    round_values,
     run_on_kernels,
 )
 from benchmarks.timing import Spread, Timer, Timings, interleave
@@ -130,6 +131,7 @@ def measure(product: Product, args, device: torch.device) -> dict:
     weight, layer = dense_layers[0].weight.to(dtype), sparse_layers[0]
     run_on_kernels(sparse_layers, dtype, product.tokens)
     x = torch.randn(product.tokens, product.columns, device=device, dtype=dtype)
+    round_values(sparse_layers)
     pruned = (layer.dense_weight() + layer.adapter_weight()).to(dtype)
     expected = torch.mm(x, pruned.t())
     check(f"the 2:4 product {product}", layer(x), expected)
@@ -147,7 +149,7 @@ def measure(product: Product, args, device: torch.device) -> dict:
 
 def record_of(product: Product, timings: Timings, reasons: dict[str, str], layer: SparseLinear) -> dict:
     floating_point_operations = 2 * product.tokens * product.columns * product.out
-    choice = choice_of(product.tokens, *layer.operands.kept.shape, layer.operands.dtype)
+    choice = choice_of(product.tokens, product.out, product.columns // 2, layer.operands.dtype)
     return {
         **asdict(product),
         "dense_ms": timings.seconds("dense") * 1e3,

@@ -26,7 +26,8 @@ class CutlassOperands(nn.Module):
     """W^R and W^{R,C} as 2:4 operands of our GEMM: half the bytes of dense ones, rebuilt by one kernel.
 
     Interface: `sparse_ops.DenseOperands`. kernels/layout.py describes the arrays. Index data of a 2:4 layer: mask_bits
-    and two metadata, 0.375 byte a dense weight; 0.5 for longer groups.
+    and two metadata, 0.375 byte a dense weight; 0.5 for longer groups. What a 2:4 layer's W^R keeps are its values, in
+    their order: each product rounds them anew, as autocast does dense weights, and nothing keeps them twice.
     """
 
     def __init__(self, layer: SparseLinear, dtype: torch.dtype):
@@ -34,7 +35,7 @@ class CutlassOperands(nn.Module):
         out, columns, device = layer.out_features, layer.in_features, layer.values.device
         forward, backward = layout.metadata_shape(out, columns), layout.metadata_shape(columns, out)
         for name, shape, kind in (
-            ("kept", (out, columns // 2), dtype),
+            ("kept", (out, columns // 2) if layer.m > 4 else None, dtype),
             ("metadata", forward, torch.int32),
             ("kept_backward", (columns, out // 2), dtype),
             ("metadata_backward", backward, torch.int32),
@@ -48,7 +49,11 @@ class CutlassOperands(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.kept.dtype
+        return self.kept_backward.dtype
+
+    def forward_kept(self, layer: SparseLinear) -> Tensor:
+        """`kept` of W^R, [out, in/2]."""
+        return layer.values.detach().to(self.dtype) if self.kept is None else self.kept
 
     def reset(self, layer: SparseLinear) -> None:
         call_operands("forward_metadata", layer.mask_bits, self.metadata, *self._sizes(layer))
@@ -79,7 +84,7 @@ class CutlassOperands(nn.Module):
 
     def _check_joint(self) -> None:
         """Joint operands would not see what is written elsewhere."""
-        if self.joint is not None and self.kept.untyped_storage().data_ptr() != self.joint.storage_address():
+        if self.joint is not None and self.kept_backward.untyped_storage().data_ptr() != self.joint.storage_address():
             raise RuntimeError("joint 2:4 operands were moved or converted: do that before their layers are joined")
 
     def _entry(self, layer: SparseLinear) -> tuple:
@@ -92,7 +97,7 @@ class CutlassOperands(nn.Module):
         width = adapter_width(layer.lora_left.shape[1])
         for side, size in (("left", layer.in_features), ("right", layer.out_features)):
             for name, shape in ((f"{side}_rows", (2 * width, size)), (f"{side}_kept", (size, width))):
-                setattr(self, name, torch.empty(shape, dtype=self.dtype, device=self.kept.device))
+                setattr(self, name, torch.empty(shape, dtype=self.dtype, device=layer.values.device))
         if self.joint is not None:
             self.joint.join_adapters()
 
@@ -121,7 +126,8 @@ class CutlassOperands(nn.Module):
     def forward(self, x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
         x = x.to(self.dtype)
         parameters = (layer.values, bias, layer.lora_left, layer.lora_right)
-        operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward, layer.mask_bits, layer.m)
+        backward = (self.kept_backward, self.metadata_backward)
+        operands = (self.forward_kept(layer), self.metadata, *backward, layer.mask_bits, layer.m)
         adapters = NO_ADAPTERS if layer.lora_left is None else self._adapters()
         return SparseProduct.apply(x, *parameters, *operands, *adapters)
 

@@ -75,20 +75,25 @@ class JointOperands(nn.Module):
         return self.left_rows is not None or all(layer.lora_left is None for layer in layers)
 
     def storage_address(self) -> int:
-        """Of the memory that the parts' `kept` are slices of."""
-        return self.kept.untyped_storage().data_ptr()
+        """Of the memory that the parts' `kept_backward` are slices of."""
+        return self.kept_backward.untyped_storage().data_ptr()
 
     def reset(self) -> None:
         """A layer's mask is another one, and so its metadata of W^R."""
         torch.cat([part.metadata for part in self.parts], 1, out=self.metadata)
 
+    def _forward_kept(self, layers: Sequence[SparseLinear]) -> Tensor:
+        if self.kept is not None:
+            return self.kept
+        return _side_by_side([part.forward_kept(layer) for part, layer in zip(self.parts, layers, strict=True)])
+
     def forward(self, x: Tensor, layers: Sequence[SparseLinear]) -> Tensor:
         """Their outputs side by side, without biases, [..., all outputs]."""
-        operands = (self.kept, self.metadata, self.kept_backward, self.metadata_backward)
+        operands = (self._forward_kept(layers), self.metadata, self.kept_backward, self.metadata_backward)
         adapters = [getattr(self, name) for name in AdapterOperands._fields]
         names = ["mask_bits", "values"] + ([] if self.left_rows is None else ["lora_left", "lora_right"])
         of_each = [getattr(layer, name) for name in names for layer in layers]
-        return JointProduct.apply(x.to(self.kept.dtype), *operands, *adapters, layers[0].m, *of_each)
+        return JointProduct.apply(x.to(self.kept_backward.dtype), *operands, *adapters, layers[0].m, *of_each)
 
 
 class JointProduct(torch.autograd.Function):
@@ -152,11 +157,11 @@ def join(layers: Sequence[nn.Module], tokens: Sequence[int]) -> bool:
     whole = all(layer.out_features % layout.ROW_PADDING == 0 for layer in layers)
     if len(alike) != 1 or not whole:
         return False
-    kept = JointOperands(layers).kept
-    sizes = len(kept), first.in_features
+    JointOperands(layers)  # which the layers' operands remember
+    sizes = sum(layer.out_features for layer in layers), first.in_features
     for number in tokens:
         for rows, columns in (sizes, sizes[::-1]):
-            autotune.tune(number, rows, columns, kept.dtype, kept.device)
+            autotune.tune(number, rows, columns, first.operands.dtype, first.values.device)
     return True
 
 

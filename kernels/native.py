@@ -101,7 +101,8 @@ def refresh_operands(layers: Sequence[tuple], dtype: torch.dtype, rechoose: bool
     """Both operands of every layer from its values, on the current stream: one launch for 48 layers.
 
     Args:
-        layers: of each one values, mask_bits, kept, metadata_backward, second or None, kept_backward, out, in, m.
+        layers: of each one values, mask_bits, kept or None, metadata_backward, second or None, kept_backward, out, in,
+            m.
         dtype: of `kept` and `kept_backward`; the rows of the latter may lie apart.
         rechoose: choose W^{R,C} anew.
     """

@@ -90,15 +90,16 @@ def _forward_metadata(mask_bits, metadata, out, columns, m) -> None:
 
 def _refresh(values, mask_bits, kept, metadata, second_words, kept_backward, out, columns, m, dtype, rechoose) -> None:
     assert values.dtype == torch.float32 and values.is_contiguous()
-    assert dtype == kept.dtype == kept_backward.dtype
+    assert dtype == kept_backward.dtype and (m == 4) == (kept is None)
     mask = unpack_bits(mask_bits, (out, columns))
     weight = torch.zeros(out, columns).masked_scatter_(mask, values)
     if rechoose:
         second = double_prune_mask(weight, mask, N, m, dim=0)
         _write_second(second, mask, metadata, second_words)
     second = _second(metadata, second_words, mask)
-    kept.copy_(layout.compress(weight.to(kept.dtype), mask)[0])
-    kept_backward.copy_(layout.backward_operand(weight.to(kept.dtype), mask, second)[0])
+    if kept is not None:
+        kept.copy_(layout.compress(weight.to(dtype), mask)[0])
+    kept_backward.copy_(layout.backward_operand(weight.to(dtype), mask, second)[0])
 
 
 def _write_second(second, mask, metadata, second_words) -> None:

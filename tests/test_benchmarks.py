@@ -312,7 +312,7 @@ def test_bytes_of_a_block(on_processor, small_bert, monkeypatch, tmp_path):
             "parameters": 4 * kept,
             "gradients": 4 * kept,
             "optimizer": 8 * kept,
-            "operands": 2 * weights + 2 * 3 * more,  # both operands; L and R as they are, and spread over twice as much
+            "operands": weights + 2 * 3 * more,  # W^{R,C} alone; L and R as they are, and spread over twice as much
             "index data": 3 * weights // 8,
         }
         dense = weights + biases
@@ -322,7 +322,7 @@ def test_bytes_of_a_block(on_processor, small_bert, monkeypatch, tmp_path):
         assert inference["slope_bytes"]["operands"] == weights + 4 * biases + 2 * (2 * side + side)
         assert inference["slope_bytes"]["index data"] == weights // 8
         assert sum(inference["dense_bytes"].values()) == 2 * (weights + biases)
-    assert memory_rows(monkeypatch, tmp_path, "--ranks", "0")["training", "all pruned layers", 0]["ratio"] < 0.6
+    assert memory_rows(monkeypatch, tmp_path, "--ranks", "0")["training", "all pruned layers", 0]["ratio"] < 0.53
 
 
 def test_whole_models_hold_the_rest_alike(on_processor, small_bert, monkeypatch, tmp_path):

@@ -215,7 +215,7 @@ def test_operator_refuses_other_dtypes():
     for dtype in (torch.float32, torch.float16):
         with pytest.raises(RuntimeError, match="must be both bfloat16 or both float16"):
             x = normal(8, IN, seed=0, dtype=dtype)
-            sparse_mm(x, layer.operands.kept, layer.operands.metadata, None, None, None)
+            sparse_mm(x, layer.operands.forward_kept(layer), layer.operands.metadata, None, None, None)
 
 
 # ---------------------------------------------------------------------------------- compiled, captured, computed again
@@ -322,9 +322,10 @@ def microseconds_on_host(run) -> float:
 def test_host_time_of_a_call(capsys):
     plain, adapted = on_cutlass(make_layer(sizes=(128, 128))), on_cutlass(make_layer(rank=16, sizes=(128, 128)))
     x, at = normal(8, 128, seed=1, dtype=torch.bfloat16), plain.operands
+    kept = at.forward_kept(plain)
     weight, bias = plain.dense_weight().bfloat16(), plain.bias.bfloat16()
     calls = {
-        "slope::sparse_mm": lambda: sparse_mm(x, at.kept, at.metadata, plain.bias, None, None),
+        "slope::sparse_mm": lambda: sparse_mm(x, kept, at.metadata, plain.bias, None, None),
         "SparseLinear on cutlass": lambda: plain(x),
         "the same with adapters": lambda: adapted(x),
         "torch's linear": lambda: F.linear(x, weight, bias),

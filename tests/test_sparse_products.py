@@ -234,14 +234,16 @@ def test_operators_keep_the_rules_of_torch_library(emulated):
 
 
 def test_operator_refuses_other_dtypes(emulated):
-    at = on_cutlass(make_layer("cpu")).operands
+    layer = on_cutlass(make_layer("cpu"))
+    operands = layer.operands.forward_kept(layer), layer.operands.metadata
     for dtype in (FP32, FP16):
         with pytest.raises(RuntimeError, match="must be both bfloat16 or both float16"):
-            ops.sparse_mm(normal("cpu", 8, IN, seed=0, dtype=dtype), at.kept, at.metadata, None, None, None)
+            ops.sparse_mm(normal("cpu", 8, IN, seed=0, dtype=dtype), *operands, None, None, None)
 
 
 def test_operators_refuse_adapters_whose_rows_no_kernel_reads(emulated):
-    at, weight = on_cutlass(make_layer("cpu", rank=8)).operands, torch.zeros(OUT, IN, dtype=BF16)
+    layer, weight = on_cutlass(make_layer("cpu", rank=8)), torch.zeros(OUT, IN, dtype=BF16)
+    at = layer.operands
     x = normal("cpu", 8, IN, seed=0, dtype=BF16)
     x_left = x @ at.left_rows.t()
 
@@ -250,7 +252,7 @@ def test_operators_refuse_adapters_whose_rows_no_kernel_reads(emulated):
 
     for adapters in ((columns_apart(x_left), at.right_kept), (x_left, columns_apart(at.right_kept))):
         with pytest.raises(RuntimeError, match="adapter_x must be contiguous, and so must each row of adapter_kept"):
-            ops.sparse_mm(x, at.kept, at.metadata, None, *adapters)
+            ops.sparse_mm(x, at.forward_kept(layer), at.metadata, None, *adapters)
     for rows in ((columns_apart(at.left_rows), at.right_rows), (at.left_rows, columns_apart(at.right_rows))):
         with pytest.raises(RuntimeError, match="left_rows must be contiguous, and so must each row of right_rows"):
             ops.adapter_grads(weight, *rows, 8)
