@@ -125,9 +125,16 @@ def environment() -> dict:
 
 # --------------------------------------------------------------------------------------------------------------- layers
 def make_layers(
-    sizes: Iterable[tuple[int, int]], device: torch.device, rank: int = 0, bias: bool = False, seed: int = 0
+    sizes: Iterable[tuple[int, int]],
+    device: torch.device,
+    rank: int = 0,
+    bias: bool = False,
+    seed: int = 0,
+    frozen: bool = False,
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Dense layers of (in, out) features, and the same ones pruned 2:4; the same seed gives the same weights.
+
+    `frozen` is how a model stands for inference alone (`kernels.backends.rounds_values`).
 
     The weights are drawn from N(0, 0.02^2) as BERT's, and the adapters, if rank > 0, have outputs of that order too:
     zeros would take less power, and so less time, than what is trained.
@@ -143,18 +150,12 @@ def make_layers(
             pruned.add_adapters(rank, torch.Generator().manual_seed(seed))
             nn.init.normal_(pruned.lora_right, std=0.1, generator=adapters)
         sparse.append(pruned)
-    return dense, sparse
+    return dense, sparse.requires_grad_(not frozen)
 
 
 def run_on_kernels(layers: nn.Module, dtype: torch.dtype, tokens: int) -> None:
     """Let the sparse layers run on the 2:4 kernels, each product with the tile that is measured to be its fastest."""
     select_backends(layers, "cutlass", dtype, tokens, report=lambda line: None)
-
-
-def round_values(layers: Iterable[SparseLinear]) -> None:
-    """Let layers on the 2:4 kernels hold what their products read, as dense ones for inference hold rounded weights."""
-    for layer in layers:
-        layer.values.data = layer.values.detach().to(layer.operands.dtype)
 
 
 def check(what: str, result: Tensor, expected: Tensor) -> None:

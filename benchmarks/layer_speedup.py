@@ -11,7 +11,7 @@ with autograd, as one CUDA graph; attention, norms, activations and optimizer ar
     training     forward, input gradient, weight gradient, and the gradient's sum over micro-steps in fp32: dense adds
                  the gradient of all weights, SLoPe gathers that of the kept ones and adds it; SLoPe
                  rounds its fp32 values, too
-    inference    forward alone
+    inference    forward alone, of layers that are frozen: their weights are rounded before, as the dense ones' are
 
 The limit of the method is x1.5 in training, since one product of three stays dense, and x2 in inference.
 """
@@ -35,11 +35,9 @@ from benchmarks.common import (
     make_layers,
     names_among,
     parse_benchmark_flags,
-    round_values,
     run_on_kernels,
 )
 from benchmarks.timing import Timer, Timings, interleave
-from sparse_ops import SparseLinear
 from training.flags import add_switch, run_door
 
 BERT_RANKS = (0, 16, 64)
@@ -114,10 +112,9 @@ class Training:
 
 
 class Inference:
-    """Forward of all products, from weights in their dtype, which the layers hold from now on."""
+    """Forward of all products."""
 
     def __init__(self, layers: Sequence[nn.Module], data: Data):
-        round_values([layer for layer in layers if isinstance(layer, SparseLinear)])
         self.layers, self.data = layers, data
 
     @torch.no_grad()
@@ -144,11 +141,13 @@ def check_layers(layers: nn.ModuleList, data: Data) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def build(setting: Setting, dtype: torch.dtype, device: torch.device, bias: bool) -> dict[str, nn.ModuleList]:
+def build(
+    setting: Setting, dtype: torch.dtype, device: torch.device, bias: bool, frozen: bool
+) -> dict[str, nn.ModuleList]:
     """The same layer dense and with each rank of adapters."""
     layers = {}
     for rank in setting.ranks:
-        dense, sparse = make_layers(setting.sizes, device, rank, bias)
+        dense, sparse = make_layers(setting.sizes, device, rank, bias, frozen=frozen)
         run_on_kernels(sparse, dtype, setting.tokens)
         layers.setdefault("dense", dense.to(dtype))
         layers[f"rank {rank}"] = sparse
@@ -158,12 +157,12 @@ def build(setting: Setting, dtype: torch.dtype, device: torch.device, bias: bool
 def measure(setting: Setting, args, device: torch.device) -> dict[str, Timings]:
     """Timings of each pass."""
     dtype = DTYPES[args.dtype]
-    layers, data = build(setting, dtype, device, args.bias), Data.random(setting, dtype, device)
-    for name, modules in layers.items():
-        if name != "dense":
-            check_layers(modules, data)
-    results = {}
+    data, results = Data.random(setting, dtype, device), {}
     for name in args.passes:
+        layers = build(setting, dtype, device, args.bias, frozen=name == "inference")
+        for side, modules in layers.items():
+            if side != "dense":
+                check_layers(modules, data)
         timers = {side: Timer(RUNS[name](modules, data), args.sample_ms / 1e3) for side, modules in layers.items()}
         results[name] = interleave(timers, args.rounds)
     return results

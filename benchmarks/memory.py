@@ -6,9 +6,12 @@
 Every number is the size of tensors that exist after one optimizer step, not a formula; the last column is what torch's
 allocator says of the same tensors. Activations are not in it.
 
-    training     dense: fp32 weights, gradients and LAMB's moments, and the copy of the weights in the products' dtype
-                 SLoPe: the same of the kept values, both 2:4 operands, and index data: masks and metadata
-    inference    what the forward pass reads. dense: weights in the products' dtype; SLoPe: kept weights, metadata
+    training     dense: fp32 weights, gradients and LAMB's moments, and the copy of the weights in the products' dtype,
+                 which is there from a step's forward pass to its backward pass, as it reads it, too
+                 SLoPe: fp32 values, gradients and moments, what is kept of 2:4 operands, and index data: masks and
+                 metadata. Its forward products round the values anew, one layer's at a time, which is not counted
+    inference    what the forward pass of a frozen model reads. dense: weights in the products' dtype; SLoPe: kept
+                 weights, metadata
 
 Whole models hold the same embeddings, norms and heads on both sides, in fp32 while training (with a copy of what dense
 products read), in the products' dtype for inference.

@@ -6,9 +6,9 @@
 
 Once        compiling the kernels into an empty cache, with all processors; tuning, with a cold and a warm cache;
             choosing the masks; making the operands
-Each step   rebuilding all operands after the optimizer's step (`OperandRefresh`, W^{R,C} chosen anew), and gathering
-            the kept ones from the dense gradients of all layers: GPU time as a replayed CUDA graph, host time of the
-            calls without one. The gather also runs in every further micro-step.
+Each step   rebuilding all operands after the optimizer's step (`OperandRefresh`, W^{R,C} chosen anew), rounding the
+            values as the forward products do, and gathering the kept ones from the dense gradients of all layers: GPU
+            time as a replayed CUDA graph, host time of the calls without one. The last two run in every micro-step.
 A call      host time of one product, forward and with its backward pass, against nn.Linear's
 
 The share of a step is against the time of all matrix products of BERT-Large's 24 blocks, forward and backward, in one
@@ -131,6 +131,17 @@ def gather_of(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     return gather_all
 
 
+def rounding_of(model: nn.Module) -> Callable[[], None]:
+    """What the forward products of all layers begin with."""
+    layers = [layer for _, layer in named_layers(model)]
+
+    def round_all() -> None:
+        for layer in layers:
+            layer.operands.forward_kept(layer)
+
+    return round_all
+
+
 def products_seconds(config: BertConfig, args, device: torch.device) -> float:
     """Forward and backward products of all blocks in a micro-step of `TOKENS` tokens, on the kernels."""
     setting = layer_speedup.Setting("bert-large", TOKENS, (0,))
@@ -153,9 +164,10 @@ def report_steps(model: nn.Module, products: float, args, report: Report) -> Non
     refresh, layers = OperandRefresh(model, interval=1).after_step, len(named_layers(model))
     parts = (
         row(f"operands of {layers} layers from their values", refresh),
+        row(f"values of {layers} layers, rounded", rounding_of(model)),
         row(f"gradients of {layers} layers, gathered", gather_of(model, DTYPES[args.dtype])),
     )
-    total = {"what": "both", "gpu": None, "host": None, "share": sum(parts) / products, "gpu_state": None}
+    total = {"what": "together", "gpu": None, "host": None, "share": sum(parts) / products, "gpu_state": None}
     report.row(total)
     add_adapters(model, ADAPTER_RANK, seed=0)
     row(f"operands of {layers} layers with adapters of rank {ADAPTER_RANK}", refresh)

@@ -8,7 +8,8 @@ A row is one product: [tokens, in] times [out, in]^T. Forward and input gradient
 in -> out and out -> in. What is compared takes turns (benchmarks/timing.py), each as a replayed CUDA graph:
 
     cuBLAS       torch.mm with the dense weight: what a dense model runs
-    2:4          SparseLinear on the kernels, with the tile that the start of a training run would choose
+    2:4          SparseLinear on the kernels, its weight rounded before as cuBLAS's is (the layer is frozen), with the
+                 tile that the start of a training run would choose
     cuSPARSELt   PyTorch's torch._cslt_sparse_mm of the same pruned weight, with its output as [out, tokens] and as
                  [tokens, out] (bf16 only)
 
@@ -33,7 +34,6 @@ from benchmarks.common import (
     hopper_gpu_with_kernels,
     make_layers,
     parse_benchmark_flags,
-    round_values,
     run_on_kernels,
 )
 from benchmarks.timing import Spread, Timer, Timings, interleave
@@ -127,11 +127,10 @@ def cusparselt_timers(x: Tensor, pruned: Tensor, expected: Tensor, sample_second
 @torch.no_grad()
 def measure(product: Product, args, device: torch.device) -> dict:
     dtype, sample_seconds = DTYPES[args.dtype], args.sample_ms / 1e3
-    dense_layers, sparse_layers = make_layers([(product.columns, product.out)], device, product.rank)
+    dense_layers, sparse_layers = make_layers([(product.columns, product.out)], device, product.rank, frozen=True)
     weight, layer = dense_layers[0].weight.to(dtype), sparse_layers[0]
     run_on_kernels(sparse_layers, dtype, product.tokens)
     x = torch.randn(product.tokens, product.columns, device=device, dtype=dtype)
-    round_values(sparse_layers)
     pruned = (layer.dense_weight() + layer.adapter_weight()).to(dtype)
     expected = torch.mm(x, pruned.t())
     check(f"the 2:4 product {product}", layer(x), expected)

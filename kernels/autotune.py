@@ -37,6 +37,8 @@ class Choice:
     group: int = 1
     ratio: float = 0.0
     """Time of the dense product over time of this one; 0 where nothing was measured."""
+    rounding_ratio: float = 0.0
+    """The same of a product that begins with rounding what is kept, as a forward product in training does."""
 
 
 _choices: dict[tuple[int, int, torch.dtype], dict[int, Choice]] = {}
@@ -64,7 +66,8 @@ def tune(tokens: int, out: int, columns: int, dtype: torch.dtype, device: torch.
     path, name = _cache_file(device), f"{tokens}x{out}x{columns} {str(dtype).removeprefix('torch.')}"
     with _one_at_a_time(path):
         cached = _read(path)
-        choice = Choice(**cached[name]) if name in cached else None
+        known = cached.get(name, {})
+        choice = Choice(**known) if known.keys() == asdict(Choice()).keys() else None  # not one of an earlier version's
         if choice is None:
             choice = _measure(tokens, out, columns, dtype, device)
             _write(path, _read(path) | {name: asdict(choice)})
@@ -120,6 +123,9 @@ class Trial:
     metadata: Tensor
     y: Tensor
 
+    def __post_init__(self):
+        self.values = self.kept.float()
+
     @classmethod
     def random(cls, tokens: int, out: int, columns: int, dtype: torch.dtype, device: torch.device) -> "Trial":
         generator = torch.Generator(device).manual_seed(0)
@@ -135,7 +141,13 @@ class Trial:
         torch.mm(self.x, self.weight.t(), out=self.y)
 
     def sparse(self, variant: int, group: int) -> None:
-        launch_sparse_mm(variant, group, self.x, self.kept, self.metadata, None, None, None, self.y)
+        self._launch(variant, group, self.kept)
+
+    def rounding(self, variant: int, group: int) -> None:
+        self._launch(variant, group, self.values.to(self.kept.dtype))
+
+    def _launch(self, variant: int, group: int, kept: Tensor) -> None:
+        launch_sparse_mm(variant, group, self.x, kept, self.metadata, None, None, None, self.y)
 
     def agrees(self, variant: int, group: int, expected: Tensor) -> bool:
         self.y.fill_(float("nan"))
@@ -162,7 +174,9 @@ def _measure(tokens: int, out: int, columns: int, dtype: torch.dtype, device: to
         for candidate, watch in candidates.items():
             ratios[candidate].append(dense.seconds() / watch.seconds())
     best = max(candidates, key=lambda candidate: statistics.median(ratios[candidate]))
-    return Choice(*best, statistics.median(ratios[best]))
+    rounding = Stopwatch(lambda best=best: trial.rounding(*best), dense.repeats)
+    with_rounding = [dense.seconds() / rounding.seconds() for _ in range(ROUNDS)]
+    return Choice(*best, statistics.median(ratios[best]), statistics.median(with_rounding))
 
 
 class Stopwatch:

@@ -22,12 +22,21 @@ from training.errors import UsageError
 NO_ADAPTERS = (None,) * len(AdapterOperands._fields)
 
 
+def rounds_values(layer: SparseLinear) -> bool:
+    """Whether each forward product rounds the values that it reads, so that no copy of them has to be kept.
+
+    A layer that is frozen before it gets its operands keeps a rounded copy, as dense models for inference do, and so do
+    longer groups than 4, whose W^R has zeros between its values.
+    """
+    return layer.m == 4 and layer.values.requires_grad
+
+
 class CutlassOperands(nn.Module):
-    """W^R and W^{R,C} as 2:4 operands of our GEMM: half the bytes of dense ones, rebuilt by one kernel.
+    """W^R and W^{R,C} as 2:4 operands of our GEMM: half the bytes of dense ones; one kernel rebuilds what is kept.
 
     Interface: `sparse_ops.DenseOperands`. kernels/layout.py describes the arrays. Index data of a 2:4 layer: mask_bits
-    and two metadata, 0.375 byte a dense weight; 0.5 for longer groups. What a 2:4 layer's W^R keeps are its values, in
-    their order: each product rounds them anew, as autocast does dense weights, and nothing keeps them twice.
+    and two metadata, 0.375 byte a dense weight; 0.5 for longer groups. W^R of a 2:4 layer that trains has no `kept`
+    (`rounds_values`): its values, in their order, are rounded in each product.
     """
 
     def __init__(self, layer: SparseLinear, dtype: torch.dtype):
@@ -35,7 +44,7 @@ class CutlassOperands(nn.Module):
         out, columns, device = layer.out_features, layer.in_features, layer.values.device
         forward, backward = layout.metadata_shape(out, columns), layout.metadata_shape(columns, out)
         for name, shape, kind in (
-            ("kept", (out, columns // 2) if layer.m > 4 else None, dtype),
+            ("kept", None if rounds_values(layer) else (out, columns // 2), dtype),
             ("metadata", forward, torch.int32),
             ("kept_backward", (columns, out // 2), dtype),
             ("metadata_backward", backward, torch.int32),
@@ -278,8 +287,9 @@ def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, to
 
 
 def _measured_ratios(layer: SparseLinear, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
-    """Speed of the forward and of the input-gradient product against dense ones."""
+    """Speed of the forward and of the input-gradient product against dense ones of rounded weights."""
     sizes = (layer.out_features, layer.in_features)
-    return tuple(
-        autotune.tune(tokens, rows, columns, dtype, layer.values.device).ratio for rows, columns in (sizes, sizes[::-1])
+    forward, backward = (
+        autotune.tune(tokens, rows, columns, dtype, layer.values.device) for rows, columns in (sizes, sizes[::-1])
     )
+    return forward.rounding_ratio if rounds_values(layer) else forward.ratio, backward.ratio

@@ -1,9 +1,10 @@
 """Products of linear layers whose biases something else adds; of layers of one input, such as query, key and value,
 as one product: larger kernels, and one input gradient.
 
-Nothing changes in the layers: parameters, gradients and checkpoints are theirs. Dense weights are put side by side in
-each call, where they are rounded anyway. The 2:4 operands of sparse layers, and those of their adapters, become slices
-of joint ones (`join`), which the refresh writes as it does any others; so a layer alone can still run.
+Nothing changes in the layers: parameters, gradients and checkpoints are theirs. Dense weights, and the values of sparse
+ones, are put side by side in each call, where they are rounded anyway. What sparse layers keep of 2:4 operands, and
+those of their adapters, become slices of joint ones (`join`), which the refresh writes as it does any others; so a
+layer alone can still run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,10 @@ def join(layers: Sequence[nn.Module], tokens: Sequence[int]) -> bool:
     if not all(isinstance(layer, SparseLinear) and type(layer.operands) is CutlassOperands for layer in layers):
         return False
     first = layers[0]
-    alike = {(layer.in_features, layer.m, layer.operands.dtype, layer.lora_left is None) for layer in layers}
+    alike = {
+        (layer.in_features, layer.m, layer.operands.dtype, layer.operands.kept is None, layer.lora_left is None)
+        for layer in layers
+    }
     whole = all(layer.out_features % layout.ROW_PADDING == 0 for layer in layers)
     if len(alike) != 1 or not whole:
         return False

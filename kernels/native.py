@@ -98,7 +98,7 @@ def call_operands(name: str, *arguments) -> None:
 
 
 def refresh_operands(layers: Sequence[tuple], dtype: torch.dtype, rechoose: bool) -> None:
-    """Both operands of every layer from its values, on the current stream: one launch for 48 layers.
+    """What every layer keeps of both operands, from its values, on the current stream: one launch for 48 layers.
 
     Args:
         layers: of each one values, mask_bits, kept or None, metadata_backward, second or None, kept_backward, out, in,

@@ -90,7 +90,7 @@ def _forward_metadata(mask_bits, metadata, out, columns, m) -> None:
 
 def _refresh(values, mask_bits, kept, metadata, second_words, kept_backward, out, columns, m, dtype, rechoose) -> None:
     assert values.dtype == torch.float32 and values.is_contiguous()
-    assert dtype == kept_backward.dtype and (m == 4) == (kept is None)
+    assert dtype == kept_backward.dtype and (m == 4 if kept is None else kept.dtype == dtype)
     mask = unpack_bits(mask_bits, (out, columns))
     weight = torch.zeros(out, columns).masked_scatter_(mask, values)
     if rechoose:

@@ -191,15 +191,20 @@ def assert_fresh(layer: SparseLinear) -> None:
     twin = make_layer(layer.values.device, layer.m, bias=False)
     twin.load_state_dict({"values": layer.values.detach(), "mask_bits": layer.mask_bits})
     forward, backward = executed(layer)
-    assert torch.equal(forward, twin.dense_weight().bfloat16())
+    with torch.no_grad():
+        evaluated = layer(torch.eye(IN, dtype=torch.bfloat16, device=layer.values.device)).t()
+    for found in (forward, evaluated):
+        assert torch.equal(found, twin.dense_weight().bfloat16())
     assert torch.equal(backward, twin.dense_weight(double_pruned=True).bfloat16())
 
 
-def check_events(device, m: int) -> None:
+def check_events(device, m: int, frozen: bool = False) -> None:
     """Operands are fresh after every event, and stay where they are."""
-    layer = on_cutlass(make_layer(device, m, bias=False))
+    layer = make_layer(device, m, bias=False)
+    layer.values.requires_grad_(not frozen)
+    on_cutlass(layer).values.requires_grad_()
     places = [buffer.data_ptr() for buffer in layer.operands.buffers()]
-    assert len(places) == (3 if m == 4 else 5)
+    assert len(places) == {(4, False): 3, (4, True): 4}.get((m, frozen), 5)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     OperandRefresh(layer).attach(optimizer)
     for seed in range(2):
@@ -236,6 +241,14 @@ def check_many_layers(device) -> None:
         for (name, buffer), was, now in zip(alone.items(), old, new, strict=True):
             assert torch.equal(now, buffer), name
             assert name == "metadata" or not torch.equal(now, was), f"{name} must follow the values"
+
+
+def kept_for_backward(run) -> list[Tensor]:
+    """What autograd keeps of the call until its backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        run()
+    return kept
 
 
 def check_adapter_operands(layer: SparseLinear) -> None:

@@ -18,6 +18,7 @@ from kernels.autotune import Choice, choice_of, tune
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
+ANOTHERS = {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}  # what another process measured
 
 
 # ----------------------------------------------------------------------------------------------------- cache and lookup
@@ -28,7 +29,7 @@ def machine(monkeypatch, tmp_path) -> SimpleNamespace:
 
     def measure(tokens, out, columns, dtype, device):
         machine.measured.append((tokens, out, columns, dtype))
-        return Choice(len(machine.measured) % 3, 4, tokens / 1000)
+        return Choice(len(machine.measured) % 3, 4, tokens / 1000, tokens / 2000)
 
     def restart():
         monkeypatch.setattr(autotune, "_choices", {})
@@ -43,7 +44,7 @@ def machine(monkeypatch, tmp_path) -> SimpleNamespace:
 
 def test_a_product_is_measured_once_for_all_processes(machine):
     first = tune(100, 96, 64, BF16, CPU)
-    assert first == Choice(1, 4, 0.1) and tune(100, 96, 64, BF16, CPU) == first
+    assert first == Choice(1, 4, 0.1, 0.05) and tune(100, 96, 64, BF16, CPU) == first
     machine.restart()
     assert choice_of(100, 96, 32, BF16) == Choice(), "a lookup reads no file"
     assert tune(100, 96, 64, BF16, CPU) == first == choice_of(100, 96, 32, BF16)
@@ -79,7 +80,10 @@ def test_lookup_takes_the_nearest_number_of_tokens(machine):
     assert len(machine.measured) == 3, "a lookup measures nothing"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"100x96x64 bfloat16": {"vari', "\x00\x00"])
+EARLIER_VERSION = '{"100x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5}}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"100x96x64 bfloat16": {"vari', "\x00\x00", EARLIER_VERSION])
 def test_a_broken_file_is_measured_and_written_anew(machine, content):
     machine.path.write_text(content)
     choice = tune(100, 96, 64, BF16, CPU)
@@ -92,12 +96,14 @@ def test_what_another_process_measured_meanwhile_stays(machine, monkeypatch):
     measure = autotune._measure
 
     def measured_beside_another(*product):
-        autotune._write(machine.path, {"7x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5}})
+        autotune._write(
+            machine.path, {"7x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}}
+        )
         return measure(*product)
 
     monkeypatch.setattr(autotune, "_measure", measured_beside_another)
     tune(100, 96, 64, BF16, CPU)
-    assert tune(7, 96, 64, BF16, CPU) == Choice(2, 16, 1.5)
+    assert tune(7, 96, 64, BF16, CPU) == Choice(2, 16, 1.5, 1.4)
     assert machine.measured == [(100, 96, 64, BF16)]
     names = sorted(path.name for path in machine.path.parent.iterdir())
     assert names == ["choices.json", "choices.lock"], "no temporary file stays"
@@ -111,8 +117,10 @@ def test_the_second_of_two_waits_for_the_first_ones_choice(machine):
             second = pool.submit(tune, 100, 96, 64, BF16, CPU)
             with pytest.raises(TimeoutError):
                 second.result(timeout=0.5)
-            machine.path.write_text('{"100x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5}}')
-        assert second.result(timeout=60) == Choice(2, 16, 1.5)
+            machine.path.write_text(
+                '{"100x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}}'
+            )
+        assert second.result(timeout=60) == Choice(2, 16, 1.5, 1.4)
     assert not machine.measured
 
 
@@ -156,7 +164,7 @@ class Bench:
 
     def stopwatch(self, run, repeats=None):
         run()
-        candidate = run.__defaults__  # of a lambda: its tile and group; a method has none
+        candidate = run.__defaults__  # of a lambda: its tile and group, or these in a pair; a method has none
 
         def seconds() -> float:
             times, turn, heat = self.seconds[candidate], self.turn[candidate], len(self.log) // 2 * self.warming
@@ -184,7 +192,8 @@ def test_the_best_median_wins(bench):
     bench.seconds[0, 4] = [0.8]
     bench.seconds[2, 4] = [0.5, 9.0, 0.5, 9.0, 0.5]  # the worst mean
     bench.seconds[1, 16] = [0.1, 0.9, 0.9, 0.9, 0.9]  # the best single time
-    assert measure() == Choice(2, 4, 2.0)
+    bench.seconds[((2, 4),)] = [0.625, 5.0, 0.625, 5.0, 0.625]  # of the best alone, and with rounding
+    assert measure() == Choice(2, 4, 2.0, 1.6)
 
 
 def test_each_candidate_is_timed_beside_the_dense_product(bench):
@@ -193,7 +202,7 @@ def test_each_candidate_is_timed_beside_the_dense_product(bench):
         for group in autotune.GROUPS:
             bench.seconds[variant, group] = [0.5]
     assert measure().ratio == 2.0, "both of a pair are as warm"
-    assert len(bench.log) == 2 * autotune.ROUNDS * emulated_kernels.VARIANTS * len(autotune.GROUPS)
+    assert len(bench.log) == 2 * autotune.ROUNDS * (emulated_kernels.VARIANTS * len(autotune.GROUPS) + 1)
     assert set(bench.log[::2]) == {None} and None not in bench.log[1::2]
     assert bench.log[1 : 2 * 9 : 2] == [(v, g) for v in range(3) for g in autotune.GROUPS]
 
@@ -225,7 +234,7 @@ def test_a_tile_that_computes_something_else_never_wins(bench, monkeypatch, wron
     monkeypatch.setattr(autotune, "launch_sparse_mm", launch)
     bench.seconds[1, 1] = [0.001]
     bench.seconds[2, 1] = [0.5]
-    assert measure() == Choice(2, 1, 2.0)
+    assert measure() == Choice(2, 1, 2.0, 1.0)
     assert not any(candidate and candidate[0] == 1 for candidate in bench.log), "it is not even timed"
 
 

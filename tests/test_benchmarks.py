@@ -17,7 +17,7 @@ import torch
 from pretraining_runs import ROOT
 
 from benchmarks import common, layer_speedup, memory, setup_overhead, spmm_speedup, timing
-from kernels import build
+from kernels import build, ops
 from kernels.autotune import Choice
 from kernels.backends import CutlassOperands
 from modeling import BertConfig, BertForPreTraining
@@ -62,7 +62,14 @@ def on_processor(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
     for name in ("empty_cache", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(spmm_speedup, "choice_of", lambda *_: Choice(1, 4))
+    asked = []  # by the products, and by the row that names the tile
+    monkeypatch.setattr(ops, "choice_of", lambda *product: asked.append(product) or Choice(1, 4))
+
+    def known_choice(*product):
+        assert product in asked
+        return Choice(1, 4)
+
+    monkeypatch.setattr(spmm_speedup, "choice_of", known_choice)
     library = emulated_kernels.install(monkeypatch)
     yield
     del library
@@ -261,6 +268,23 @@ def test_layers(on_processor, monkeypatch, tmp_path, capsys, bias):
     assert capsys.readouterr().out.count("bert-large, 32 wide") == 6
 
 
+@pytest.mark.parametrize("passes", ["training,inference", "inference,training"])
+def test_each_pass_has_layers_of_its_own(on_processor, monkeypatch, tmp_path, passes):
+    monkeypatch.setitem(layer_speedup.HIDDEN, "bert-large", 32)
+    monkeypatch.setattr(layer_speedup, "TOKENS", {"bert-large": (16,)})
+    seen = {}
+    for name, run in layer_speedup.RUNS.items():
+
+        def watched(layers, data, name=name, run=run):
+            if isinstance(layers[0], SparseLinear):
+                seen[name] = [(x.values.dtype, x.values.requires_grad, x.operands.kept is None) for x in layers]
+            return run(layers, data)
+
+        monkeypatch.setitem(layer_speedup.RUNS, name, watched)
+    run_main(layer_speedup, monkeypatch, "--rounds", "1", "--output", str(tmp_path / "out.json"), "--passes", passes)
+    assert seen == {"training": [(torch.float32, True, True)] * 4, "inference": [(torch.float32, False, False)] * 4}
+
+
 def test_training_adds_the_gradients_that_autograd_gives():
     setting = layer_speedup.Setting("bert-large", 8, (0,))
     data = layer_speedup.Data.random(setting, torch.float32, torch.device("cpu"))
@@ -353,8 +377,8 @@ def test_setup(on_processor, small_bert, monkeypatch, tmp_path, capsys):
     assert asked == [(library, str(cache)) for library in ("operands", "adapters", "sparse_gemm")]
     rows = json.loads(file.read_text())["rows"]
     step = [row for row in rows if "share" in row]
-    assert len(step) == 4
-    assert step[2]["share"] == pytest.approx(step[0]["share"] + step[1]["share"])
+    assert len(step) == 5
+    assert step[3]["share"] == pytest.approx(sum(row["share"] for row in step[:3]))
     assert "9 layers" in step[0]["what"]  # of 12; query, key and value of the first block stay dense
     calls = [row for row in rows if "with_backward" in row]
     assert [row["what"] for row in calls] == ["nn.Linear", "SparseLinear", "SparseLinear, rank 64"]

@@ -185,8 +185,9 @@ def test_no_tokens_give_no_outputs_and_zero_gradients(rank):
 
 
 @every_m
-def test_operands_are_fresh_after_every_event_and_stay_where_they_are(m):
-    check_events("cuda", m)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operands_are_fresh_after_every_event_and_stay_where_they_are(m, frozen):
+    check_events("cuda", m, frozen)
 
 
 def test_many_layers_are_refreshed_as_each_alone():

@@ -16,11 +16,12 @@ from joint_checks import (
     assert_joint_is_as_exact_as_apart,
     assert_same,
     each_alone,
+    inputs_of,
     results_of,
     sparse_layers,
     together,
 )
-from product_checks import make_layer, normal, on_cutlass, on_dense
+from product_checks import kept_for_backward, make_layer, normal, on_cutlass, on_dense
 from torch import Tensor, nn
 
 from kernels import autotune, joint
@@ -37,7 +38,7 @@ from training.sparsity import SparsityConfig
 def kernels(monkeypatch):
     """The stand-ins; what was tuned."""
     tuned, library = [], install(monkeypatch)
-    monkeypatch.setattr(autotune, "tune", lambda tokens, rows, columns, *_: tuned.append((tokens, rows, columns)))
+    monkeypatch.setattr(autotune, "tune", lambda *product: tuned.append(product))
     monkeypatch.setattr(autotune, "choice_of", lambda *_: autotune.Choice(0, 1, 1.0))
     monkeypatch.setattr("kernels.ops.choice_of", autotune.choice_of)
     yield tuned
@@ -60,7 +61,8 @@ def test_joined_products_and_gradients_are_those_of_the_layers(m, rank, kernels,
     layers = sparse_layers(m, rank=rank)
     expected = results_of(layers, each_alone)
     assert join(layers, [40, 20])
-    assert kernels == [(n, *sizes) for n in (40, 20) for sizes in ((sum(OUTS), IN), (IN, sum(OUTS)))]
+    sizes = ((sum(OUTS), IN), (IN, sum(OUTS)))
+    assert kernels == [(n, *size, DTYPE, torch.device("cpu")) for n in (40, 20) for size in sizes]
     assert_same(results_of(layers, each_alone), expected)  # a layer alone runs on its slices
     assert not counted
     assert_same(results_of(layers, together), expected)
@@ -104,6 +106,49 @@ def test_joint_operands_follow_values_masks_and_the_second_choice():
     layers[2].set_second_kept(earlier)
     assert torch.equal(layers[2].second_kept, earlier)
     assert_same(results_of(layers, together), results_of(layers, each_alone))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_no_rounded_copy_of_trained_values_is_kept(rank):
+    layers = sparse_layers(rank=rank)
+    x, _ = inputs_of(layers)
+    shapes = {(out, IN // 2) for out in (*OUTS, sum(OUTS))}
+    for product in (each_alone, together):
+        kept = kept_for_backward(lambda product=product: product(x, layers))
+        assert kept and not shapes & {tuple(tensor.shape) for tensor in kept}
+        join(layers, [40])
+    modules = [layers[0].operands.joint, *(layer.operands for layer in layers)]
+    held = [each for module in modules for each in (*vars(module).values(), *module.buffers())]
+    assert not shapes & {tuple(each.shape) for each in held if isinstance(each, Tensor)}
+
+
+def test_frozen_layers_keep_rounded_values_and_join_only_their_like():
+    layers, frozen = sparse_layers(), sparse_layers(make=frozen_on_cutlass)
+    assert not join([frozen[0], layers[1], layers[2]], [40]) and not join([layers[0], *frozen[1:]], [40])
+    expected = results_of(layers, each_alone)[:2]
+    assert join(frozen, [40])
+    joint_kept = frozen[0].operands.joint.kept
+    assert joint_kept.shape == (sum(OUTS), IN // 2)
+    assert all(layer.operands.kept.data_ptr() in range(*reach_of(joint_kept)) for layer in frozen)
+    for layer in frozen:
+        layer.values.requires_grad_()  # so that both give the same results
+    assert_same(results_of(frozen, together)[:2], expected)
+
+
+def frozen_on_cutlass(layer, dtype):
+    layer.values.requires_grad_(False)
+    return on_cutlass(layer, dtype)
+
+
+def reach_of(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+def test_inputs_in_fp32_are_rounded():
+    layers = sparse_layers()
+    join(layers, [40])
+    x, _ = inputs_of(layers)
+    assert_same([together(x.float(), layers)], [together(x, layers)])
 
 
 def assert_apart(layers) -> None:

@@ -81,7 +81,7 @@ def model_of(**layers: SparseLinear) -> nn.Module:
 @pytest.fixture
 def hopper(emulated, monkeypatch) -> SimpleNamespace:
     """A machine where cutlass runs what it can: `ratios` of [out, in] are what a tune would measure."""
-    machine = SimpleNamespace(ratios={}, tuned=[])
+    machine = SimpleNamespace(ratios={}, rounding_ratios={}, tuned=[])
     refusal = backends.refusal
 
     def refused(backend, layer, dtype):
@@ -89,7 +89,8 @@ def hopper(emulated, monkeypatch) -> SimpleNamespace:
 
     def tune(tokens, out, columns, dtype, device):
         machine.tuned.append((tokens, out, columns, dtype))
-        return autotune.Choice(ratio=machine.ratios.get((out, columns), 1.25))
+        ratio = machine.ratios.get((out, columns), 1.25)
+        return autotune.Choice(ratio=ratio, rounding_ratio=machine.rounding_ratios.get((out, columns), ratio))
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "refusal", refused)
@@ -155,6 +156,15 @@ def test_auto_never_loses_to_dense(hopper, forward, backward, faster):
     asked = model_of(dense=linear_layer(size=(96, 64)))
     assert selected(asked, "cutlass") == [f"1 sparse layers 64 -> 96, 2:4: cutlass ({measured})"]
     assert type(asked["block"]["dense"].operands) is backends.CutlassOperands
+
+
+def test_auto_counts_the_rounding_where_a_product_begins_with_it(hopper):
+    hopper.rounding_ratios = {(96, 64): 0.7, (64, 96): 0.1}  # the input gradient's operand is kept rounded
+    dense, frozen, long = (linear_layer(m, size=(96, 64)) for m in (4, 4, 8))
+    frozen.requires_grad_(False)
+    for layer, forward in ((dense, 0.7), (frozen, 1.25), (long, 1.25)):
+        (line,) = selected(model_of(dense=layer), "auto")
+        assert f"x{forward:.2f} forward, x1.25 input gradient" in line
 
 
 def test_layers_of_a_kind_are_measured_once_and_other_kinds_apart(hopper):

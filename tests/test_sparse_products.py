@@ -64,8 +64,9 @@ def test_no_tokens_give_no_outputs_and_zero_gradients(emulated, rank):
 
 
 @pytest.mark.parametrize("m", [4, 16])
-def test_operands_are_fresh_after_every_event_and_stay_where_they_are(emulated, m):
-    check_events("cpu", m)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operands_are_fresh_after_every_event_and_stay_where_they_are(emulated, m, frozen):
+    check_events("cpu", m, frozen)
 
 
 def test_many_layers_are_refreshed_as_each_alone(emulated):
