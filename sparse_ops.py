@@ -20,7 +20,8 @@ One layer, the four lines of the paper (its double-pruned backward pass and its 
 
 The parameter *is* the compressed values: gradients, optimizer moments, all-reduces and checkpoints are N/M of the dense
 size with any optimizer, and a pruned weight cannot come back. W^R and W^{R,C} are *operands*, rebuilt from the values
-once per optimizer step (`OperandRefresh`), after `load_state_dict`, and when adapters, device or dtype change.
+once per optimizer step (`OperandRefresh`), after `load_state_dict`, and when adapters, device or dtype change (or, W^R
+of kernels/backends.py, read from the values by each product).
 
 Nothing in this file knows BERT: `sparsify` takes any model together with the list of its blocks.
 """

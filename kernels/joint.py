@@ -28,7 +28,7 @@ class JointOperands(nn.Module):
 
     kernels/layout.py describes the arrays. Joined along the outputs, W^R grows by rows and W^{R,C} transposed by
     columns, and metadata have the columns' blocks outermost: all but the metadata of W^R, which never change, can be
-    slices of joint arrays.
+    slices of joint arrays. Values that each product rounds (`kernels.backends.rounds_values`) are joined there.
 
     The layers' adapters, once all have some, are those of one layer, too: L side by side, so that X is read once for
     them, and R on a block diagonal, so that dY is.

@@ -164,8 +164,7 @@ def _column(log: RunLog, dense: RunLog | None) -> dict[str, str | None]:
     last = log.heldout[-1] if log.heldout else None
     best = min(log.heldout, key=lambda point: point[2], default=None)
     accuracy = [row["heldout_mlm_accuracy"] for row in log.rows if "heldout_mlm_accuracy" in row]
-    speed, memory, density = log.tokens_per_second(adapters=False), log.peak_memory(), log.density or {}
-    dense_speed = dense and dense.tokens_per_second(adapters=False)
+    memory, density = log.peak_memory(), log.density or {}
     dense_memory = dense and dense.peak_memory()
     comparable = log is not dense and log.finished and dense is not None and dense.finished and last and dense.heldout
     return {
@@ -177,9 +176,7 @@ def _column(log: RunLog, dense: RunLog | None) -> dict[str, str | None]:
         "held-out MLM loss, best": best and f"{best[2]:.3f} (step {best[0]:,})",
         "held-out MLM accuracy, last": f"{accuracy[-1]:.4f}" if accuracy else None,
         f"largest rise of a step's MLM loss over the median of {WINDOW} before": _number(log.largest_spike(), ".3f"),
-        "tokens/s, median step without adapters": _number(speed, ",.0f"),
-        "tokens/s, median step with adapters": _number(log.tokens_per_second(adapters=True), ",.0f"),
-        "the same, against dense": f"x{speed / dense_speed:.2f}" if speed and dense_speed else None,
+        **_speeds(log, dense),
         "peak memory, GB": _number(memory, ".2f"),
         "peak memory, against dense": f"x{memory / dense_memory:.2f}" if memory and dense_memory else None,
         "time of all steps, s": f"{sum(map(log.seconds, log.rows)):,.0f}",
@@ -187,6 +184,16 @@ def _column(log: RunLog, dense: RunLog | None) -> dict[str, str | None]:
         "density of W^R (2:4: 0.5)": _number(density.get("forward"), ".4f"),
         f"density of W^{{R,C}} (the formula, 2:4: {expected_density():.5f})": _number(density.get("backward"), ".4f"),
     }
+
+
+def _speeds(log: RunLog, dense: RunLog | None) -> dict[str, str | None]:
+    """Of steps without and with adapters, each also against dense, which has none."""
+    dense_speed, rows = dense and dense.tokens_per_second(adapters=False), {}
+    for name, adapters in (("without", False), ("with", True)):
+        label, speed = f"tokens/s, median step {name} adapters", log.tokens_per_second(adapters)
+        rows[label] = _number(speed, ",.0f")
+        rows[f"{label}, against dense"] = f"x{speed / dense_speed:.2f}" if speed and dense_speed else None
+    return rows
 
 
 def _number(value: float | None, form: str) -> str | None:
@@ -348,8 +355,8 @@ def _findings(logs: dict[str, RunLog]) -> list[str]:
         above = log.heldout[-1][2] - dense.heldout[-1][2] if log.finished and log.heldout else 0.0
         if above > TO_EXPLAIN:
             step = next(step for step, _, loss in dense.heldout if loss <= log.heldout[-1][2])
-            found.append(
-                f"**{log.title} ends {above:.2f} nats above dense, more than {TO_EXPLAIN}: to be explained.** It ends "
-                f"where dense was by step {step:,}, {step / dense.settings.steps:.0%} of the steps."
-            )
-    return found
+            share = step / dense.settings.steps
+            found.append(f"- {log.title}: {above:.2f}, where dense was by step {step:,}, {share:.0%} of the steps")
+    if not found:
+        return []
+    return ["\n".join([f"**More than {TO_EXPLAIN} nats above dense at the end, to be explained:**", *found])]
