@@ -31,6 +31,7 @@ from data.stages import (
     READING_BYTES_PER_PROCESS,
     Stopwatch,
     atomic_path,
+    check_folders,
     claim_outputs,
     fingerprint,
     read_manifest,
@@ -271,7 +272,7 @@ def encode_corpus(
     vocabulary = settle_vocabulary(output, wanted, train_files, text_hash, overwrite)
 
     watch = Stopwatch("encode", nproc)
-    folders = [output / f"phase{place + 1}{_suffix(settings)}" for place in range(len(settings.sequence_lengths))]
+    folders = phase_folders(output, settings)
     for folder, length in zip(folders, settings.sequence_lengths, strict=True):
         shards = [path for split in SPLITS for path in (folder / split).glob("shard_*.hdf5")]
         record = _record(settings, length, text_hash, vocabulary)
@@ -305,8 +306,10 @@ def plan_tasks(
     return tasks
 
 
-def _suffix(settings: EncodeSettings) -> str:
-    return "_premasked" if settings.premask else ""
+def phase_folders(output: Path, settings: EncodeSettings) -> list[Path]:
+    """The folder of each of the sequence lengths."""
+    suffix = "_premasked" if settings.premask else ""
+    return [output / f"phase{place + 1}{suffix}" for place in range(len(settings.sequence_lengths))]
 
 
 def _record(settings: EncodeSettings, length: int, text_hash: str, vocabulary: Vocabulary) -> dict:
@@ -368,6 +371,7 @@ def main() -> None:
         lowercase=not args.cased,
         **{name: getattr(args, name) for name in vars(default) if name not in ("next_sentence", "lowercase")},
     )
+    check_folders("--output", *(folder / split for folder in phase_folders(args.output, settings) for split in SPLITS))
     os.environ["RAYON_NUM_THREADS"] = str(args.nproc)
     encode_corpus(
         args.input, args.output, settings,

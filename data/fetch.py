@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from data.stages import atomic_path, file_sha256, read_manifest, write_atomic
+from data.stages import atomic_path, check_folders, file_sha256, read_manifest, write_atomic
 from training.errors import UsageError
 
 RECORD = "source.json"
@@ -309,7 +309,9 @@ def main() -> None:
         return
     if args.output is None or not args.names:
         raise UsageError("give --output FOLDER and the names of what to fetch (--list says what there is)")
-    for name in resolve(args.names):
+    names = resolve(args.names)
+    check_folders("--output", args.output, *(args.output / name for name in names))
+    for name in names:
         fetch_source(name, args.output)
 
 

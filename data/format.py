@@ -24,6 +24,7 @@ from data.stages import (
     READING_BYTES_PER_PROCESS,
     Stopwatch,
     atomic_path,
+    check_folders,
     claim_outputs,
     fingerprint,
     read_manifest,
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--nproc", type=whole(1), default=1, help="processes (default 1)")
     add_switch(parser, "--overwrite", "replace text that was formatted with other settings")
     args = parser.parse_args()
+    check_folders("--output", *(args.output / split for split in SPLITS))
     format_corpus(args.corpus, args.output, **{k: v for k, v in vars(args).items() if k not in ("corpus", "output")})
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from data.fetch import fetch_source
 from data.glue import TASKS, get_task, labels_array, read_examples
 from data.sentences import split_sentences
-from data.stages import write_atomic
+from data.stages import check_folders, write_atomic
 from training.errors import UsageError
 
 Rows = Iterable[tuple[object, ...]]
@@ -188,9 +188,13 @@ def main() -> None:
     for name in names:
         if name not in PREPARATIONS:
             raise UsageError(f"{name}: no package holds it, take it from GLUE; there are {', '.join(PREPARATIONS)}")
+    download_dir = args.download_dir or args.output / "download"
+    check_folders("--output", *(args.output / name for name in names))
+    sources = [download_dir / PREPARATIONS[name].source for name in names]
+    check_folders("--download_dir" if args.download_dir else "--output", *sources)
     for name in names:
         source, write = PREPARATIONS[name]
-        write(fetch_source(source, args.download_dir or args.output / "download"), args.output / name)
+        write(fetch_source(source, download_dir), args.output / name)
         print(describe(name, args.output / name), flush=True)
 
 

@@ -23,6 +23,20 @@ READING_BYTES_PER_PROCESS = 256_000_000
 _HASH_BLOCK_BYTES = 1 << 20
 
 
+def check_folders(flag: str, *folders: Path) -> None:
+    """Refuse folders that are not there and cannot be made. Nothing is written.
+
+    Raises:
+        UsageError: a folder, or the nearest that there is above it, is something else or may not be written.
+    """
+    for folder in folders:
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise UsageError(f"{flag}: {there} is no folder: give a folder, or a path where one can be made")
+        if there != folder and not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"{flag}: {there} may not be written: give a folder, or a path where one can be made")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
@@ -84,7 +98,7 @@ def read_manifest(manifest: Path) -> dict | None:
     """The settings stored in `manifest`, None where there is no such file or it is damaged."""
     try:
         return json.loads(manifest.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

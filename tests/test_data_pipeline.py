@@ -109,6 +109,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_the_place_of_the_output_is_one_line_and_exit_code_2(corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in ("file", "file/below"):
+        done = _run("--output", output, "--corpus", corpus, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "--output: file is no folder" in done.stderr
+        assert contents(tmp_path) == {"file": b"mine"}
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "message"),
     [
@@ -135,6 +145,36 @@ def test_stages_refuse_wrong_flags_in_one_line(tmp_path, monkeypatch, capsys, st
     assert errors.count("\n") == 1
     assert message in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        (fetch, ["--output", "file/x", "squad"], "--output: file is no folder"),
+        (fetch, ["--output", "file", "folder"], "--output: file is no folder"),
+        (fetch, ["--output", "folder", "stsb"], "--output: folder/stsb is no folder"),
+        (format, ["--output", "file/x", "--corpus", "folder"], "--output: file is no folder"),
+        (format, ["--output", "folder", "--corpus", "folder"], "--output: folder/heldout is no folder"),
+        (format, ["--output", "out", "--corpus", "demo", "--download_dir", "file"], "in --download_dir file: fetch it"),
+        (encode, ["--input", "folder", "--output", "file"], "--output: file is no folder"),
+        (encode, ["--input", "folder", "--output", "folder"], "--output: folder/phase2 is no folder"),
+        (encode, ["--input", "file", "--output", "out"], "--input file: holds no (or half a) formatted corpus"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named_and_stays(tmp_path, monkeypatch, capsys, stage, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for name in ("file", "folder/stsb", "folder/heldout", "folder/phase2"):
+        Path(name).write_text("mine")
+    before = contents(tmp_path)
+    monkeypatch.setattr(sys, "argv", [stage.__name__, *flags])
+    with pytest.raises(SystemExit) as end:
+        run_door(stage.main)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("stage", [fetch, format, encode])

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from text_factory import contents
 
 from data.glue import TASKS, read_examples
-from data.prepare_glue import describe, write_answerability, write_sentiment, write_stsb
+from data.prepare_glue import describe, main, write_answerability, write_sentiment, write_stsb
+from training.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,3 +133,23 @@ def test_preparing_what_is_not_there_is_one_line_and_exit_code_2(tmp_path, argum
     assert len(done.stderr.splitlines()) == 1
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--output", "file"], "--output: file is no folder"),
+        (["--output", "folder"], "--output: folder/STS-B is no folder"),
+        (["--output", "out", "--download_dir", "file/x"], "--download_dir: file is no folder"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named_before_anything_is_fetched(tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for name in ("file", "folder/STS-B"):
+        Path(name).write_text("mine")
+    monkeypatch.setattr("data.prepare_glue.fetch_source", lambda *_: pytest.fail("a source was fetched"))
+    monkeypatch.setattr(sys, "argv", ["prepare_glue", *flags, "sts-b"])
+    with pytest.raises(UsageError, match=f"^{said}: give a folder"):
+        main()
+    assert contents(tmp_path) == {"file": b"mine", "folder/STS-B": b"mine"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.stages import atomic_path, run_tasks
+from data.stages import atomic_path, check_folders, run_tasks
 from training.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,22 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_only_folders_that_are_there_or_can_be_made_may_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    check_folders("--output", tmp_path, tmp_path / "new" / "folder", Path("relative"))
+    for name in ("file", "dangling"):
+        for folder in (tmp_path / name, tmp_path / name / "below" / "it"):
+            with pytest.raises(UsageError, match=f"--output: {tmp_path / name} is no folder: give a folder"):
+                check_folders("--output", tmp_path, folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    check_folders("--output", tmp_path)  # nothing may be left to write in it
+    with pytest.raises(UsageError, match=f"--output: {tmp_path} may not be written: give a folder"):
+        check_folders("--output", tmp_path / "new" / "folder")
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
