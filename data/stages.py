@@ -127,7 +127,7 @@ def run_tasks(
     Raises:
         UsageError: what a task raised; the tasks that had not begun are dropped.
     """
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=description) as bar:
+    with _progress_bar(sum(sizes), description) as bar:
         processes = min(nproc, len(tasks), 1 + sum(sizes) // bytes_per_process)
         if processes <= 1:
             results = []
@@ -136,6 +136,14 @@ def run_tasks(
                 bar.update(size)
             return results
         return _run_in_processes(function, tasks, sizes, processes, bar)
+
+
+@contextmanager
+def _progress_bar(size: int, description: str) -> Iterator[tqdm]:
+    """A bar in bytes: wiped away where the work fails, and not begun where it fails at once: an error is one line."""
+    with tqdm(total=size, unit="B", unit_scale=True, desc=description, delay=2, leave=False) as bar:
+        yield bar
+        bar.leave = True
 
 
 def _run_in_processes(function: Callable, tasks: Sequence, sizes: Sequence[int], processes: int, bar: tqdm) -> list:

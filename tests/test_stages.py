@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from data import stages
 from data.stages import atomic_path, check_folders, run_tasks
 from training.errors import UsageError
 
@@ -48,6 +50,27 @@ def test_only_folders_that_are_there_or_can_be_made_may_be_written(tmp_path, mon
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_results_come_in_the_order_of_the_tasks(nproc):
     assert run_tasks(math.factorial, [5, 3, 4, 0], [1] * 4, nproc, "factorials") == [120, 6, 24, 1]
+
+
+def _refuse_zero(number: int) -> int:
+    if number == 0:
+        raise UsageError("zero")
+    return number
+
+
+@pytest.mark.parametrize(("last", "left"), [(1, "testing: 100%"), (0, "")])
+def test_a_bar_stays_where_work_is_done_and_is_wiped_away_where_it_fails(monkeypatch, capsys, last, left):
+    # every update is drawn, and at once
+    monkeypatch.setattr(stages, "tqdm", lambda **kw: tqdm(**kw | {"delay": 0, "mininterval": 0, "miniters": 1}))
+    try:
+        run_tasks(_refuse_zero, [1, last], [1, 1], 1, "testing")
+    except UsageError:
+        assert last == 0
+    drawn = capsys.readouterr().err
+    assert "testing: " in drawn
+    *_, line = drawn.rstrip("\r").split("\r")
+    assert line.strip().startswith(left) and bool(line.strip()) == bool(left)
+    assert drawn.endswith("\n" if left else "\r")
 
 
 def test_a_process_that_dies_is_one_line_and_not_a_hang():
