@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -329,25 +330,25 @@ def _record(settings: EncodeSettings, length: int, text_hash: str, vocabulary: V
 # ---------------------------------------------------------------------------------------------------------------- main
 def _lengths(words: str) -> tuple[int, ...]:
     """A comma list of sequence lengths."""
-    from argparse import ArgumentTypeError
-
     if not re.fullmatch(r"\d+(,\d+)*", words) or min(lengths := [int(word) for word in words.split(",")]) < 8:
         raise ArgumentTypeError(f"must be whole numbers of at least 8 with commas between, as in 128,512, not {words}")
     return tuple(lengths)
 
 
-def main() -> None:
-    from argparse import RawDescriptionHelpFormatter
-
+def _make_parser(default: EncodeSettings) -> ArgumentParser:
     from training.flags import Parser, add_switch, real, whole
 
-    default = EncodeSettings()
     parser = Parser(prog="data.encode", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", type=Path, required=True, help="folder of formatted text, data.format's --output")
     add("--output", type=Path, required=True, help="folder for the vocabulary and the shards")
     add("--vocab_file", type=Path, help="vocabulary to use (default: build one from the train split)")
-    add("--vocab_size", type=whole(300), default=30522, help="entries of a vocabulary that is built (default 30522)")
+    add(
+        "--vocab_size",
+        type=whole(300),
+        default=30522,
+        help="entries of a vocabulary that is built (default 30522); with --vocab_file its own number or not given",
+    )
     add("--tokenizer", choices=tuple(KINDS), default=default.tokenizer, help="kind of vocabulary (default wordpiece)")
     add_switch(parser, "--cased", "keep upper case and accents (default: lower-case the text)")
     add(
@@ -360,19 +361,48 @@ def main() -> None:
     add("--short_seq_prob", type=real(0, 1), default=0.1, help="share of sequences that are shorter (default 0.1)")
     add_switch(parser, "--no_next_sentence", "single sequences instead of sentence pairs")
     add_switch(parser, "--premask", "write NVIDIA's premasked layout, to phase<i>_premasked")
-    add("--masked_token_fraction", type=real(0, 1), default=0.15, help="of premasked sequences (default 0.15)")
+    add("--masked_token_fraction", type=real(0, 1), default=0.15, help="of --premask's sequences (default 0.15)")
     add("--shard_megabytes", type=real(0.001), help="text of a shard (default: a 16th of the split, 1 to 16)")
     add("--seed", type=whole(0), default=default.seed, help="names all random choices (default 42)")
     add("--nproc", type=whole(1), default=1, help="processes (default 1)")
     add_switch(parser, "--overwrite", "replace a vocabulary and shards that were made with other settings")
-    args = parser.parse_args()
+    add_switch(parser, "--check", "end in silence where these flags do, in an error where they do not; write nothing")
+    return parser
+
+
+def _check_flags(args: Namespace, settings: EncodeSettings) -> None:
+    """Refuse flags that no text can make right.
+
+    Raises:
+        UsageError: flags that contradict each other or have no effect, a --vocab_file that cannot be read, or an
+            --output that cannot be written.
+    """
+    if "masked_token_fraction" in args.given and not args.premask:
+        raise UsageError("--masked_token_fraction: has no effect without --premask: give both or neither")
+    if args.vocab_file is not None:
+        entries = load_tokenizer(args.vocab_file, settings.lowercase, settings.tokenizer).get_vocab_size()
+        if "vocab_size" in args.given and args.vocab_size != entries:
+            raise UsageError(
+                f"--vocab_size {args.vocab_size}: --vocab_file {args.vocab_file} has {entries} entries: give one of "
+                "the two"
+            )
+    check_folders("--output", *(folder / split for folder in phase_folders(args.output, settings) for split in SPLITS))
+
+
+def main() -> None:
+    from training.flags import parse_flags
+
+    default = EncodeSettings()
+    args = parse_flags(_make_parser(default), None)
     settings = EncodeSettings(
         next_sentence=not args.no_next_sentence,
         lowercase=not args.cased,
         **{name: getattr(args, name) for name in vars(default) if name not in ("next_sentence", "lowercase")},
     )
-    check_folders("--output", *(folder / split for folder in phase_folders(args.output, settings) for split in SPLITS))
     os.environ["RAYON_NUM_THREADS"] = str(args.nproc)
+    _check_flags(args, settings)
+    if args.check:
+        return
     encode_corpus(
         args.input, args.output, settings,
         vocab_file=args.vocab_file, vocab_size=args.vocab_size, nproc=args.nproc, overwrite=args.overwrite,

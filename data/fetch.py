@@ -267,8 +267,11 @@ def _last_line(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def resolve(words: list[str]) -> list[str]:
+def resolve(words: list[str], called: str = "unknown source") -> list[str]:
     """The sources that `words` name, once each; a word for text that is the user's own names none.
+
+    Args:
+        called: how an error's line begins, before the word.
 
     Raises:
         UsageError: a word that is no source, corpus, folder or `s3://` address.
@@ -283,8 +286,8 @@ def resolve(words: list[str]) -> list[str]:
             print(f"{word}: your own text, nothing to download", flush=True)
         else:
             raise UsageError(
-                f"unknown source {word}: give {', '.join([*CORPORA, *SOURCES])}, a folder that exists or an s3:// "
-                "address"
+                f"{called} {word}: give {', '.join([*CORPORA, *SOURCES])}, a folder that exists or an s3:// address; "
+                "it is neither a folder nor a known source"
             )
     return list(dict.fromkeys(names))
 
@@ -294,6 +297,7 @@ def main() -> None:
 
     parser = Parser(prog="data.fetch", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"sources (see --list) or corpora: {', '.join(CORPORA)}")
+    parser.add_argument("--corpus", help="a corpus to fetch the sources of; a folder and an s3:// address have none")
     parser.add_argument("--output", type=Path, help="folder to put each source into, in a folder of its own")
     parser.add_argument("--list", action="store_true", help="say what there is, and end")
     args = parser.parse_args()
@@ -307,9 +311,10 @@ def main() -> None:
         for corpus, names in CORPORA.items():
             print(f"{corpus}: {' + '.join(names)}")
         return
-    if args.output is None or not args.names:
+    if args.output is None or not (args.names or args.corpus):
         raise UsageError("give --output FOLDER and the names of what to fetch (--list says what there is)")
-    names = resolve(args.names)
+    corpus = [] if args.corpus is None else resolve([args.corpus], "--corpus")
+    names = list(dict.fromkeys([*corpus, *resolve(args.names)]))
     check_folders("--output", args.output, *(args.output / name for name in names))
     for name in names:
         fetch_source(name, args.output)

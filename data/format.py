@@ -85,6 +85,7 @@ def find_files(corpus: str, download_dir: Path | None, one_sentence_per_line: bo
     Raises:
         UsageError: no such corpus, not fetched yet, or no files in it.
     """
+    check_corpus(corpus)
     if corpus in CORPORA:
         return _find_named_files(corpus, download_dir)
     folder = _local_folder(corpus)
@@ -113,13 +114,24 @@ def _find_named_files(corpus: str, download_dir: Path | None) -> list[CorpusFile
     return files
 
 
+def check_corpus(corpus: str) -> None:
+    """Refuse what cannot be a corpus, fetched or not.
+
+    Raises:
+        UsageError: it is no key of CORPORA, no folder and no `s3://` address.
+    """
+    if corpus not in CORPORA and not corpus.startswith("s3://") and not Path(corpus).is_dir():
+        raise UsageError(
+            f"--corpus {corpus}: give {', '.join(CORPORA)}, a folder that exists or an s3:// address; it is neither a "
+            "folder nor a known corpus"
+        )
+
+
 def _local_folder(corpus: str) -> Path:
     if corpus.startswith("s3://"):
         from data.storage import local_copy
 
         return local_copy(corpus)
-    if not Path(corpus).is_dir():
-        raise UsageError(f"--corpus {corpus}: give {', '.join(CORPORA)}, a folder that exists or an s3:// address")
     return Path(corpus)
 
 
@@ -304,9 +316,13 @@ def main() -> None:
     )
     parser.add_argument("--nproc", type=whole(1), default=1, help="processes (default 1)")
     add_switch(parser, "--overwrite", "replace text that was formatted with other settings")
+    add_switch(parser, "--check", "end in silence where these flags do, in an error where they do not; write nothing")
     args = parser.parse_args()
+    check_corpus(args.corpus)
     check_folders("--output", *(args.output / split for split in SPLITS))
-    format_corpus(args.corpus, args.output, **{k: v for k, v in vars(args).items() if k not in ("corpus", "output")})
+    if not args.check:
+        rest = {name: value for name, value in vars(args).items() if name not in ("corpus", "output", "check")}
+        format_corpus(args.corpus, args.output, **rest)
 
 
 if __name__ == "__main__":

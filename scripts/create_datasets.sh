@@ -7,16 +7,17 @@ usage() {
 usage: create_datasets.sh --output DIR [--corpus demo|large|FOLDER|s3://...] [--vocab_file F]
                           [--download] [--format] [--encode] [--nproc N] [flags of the stages]
 
-With no stage named, all three run. Each goes on where it was stopped, and does nothing where it is done.
+With no stage named, all three run. Each goes on where it was stopped, and does nothing where it is done. A mistake in
+the flags of any that is to run is found before the first one begins.
   --download   the sources of a named corpus, verified, to DIR/download       (python -m data.fetch --help)
   --format     one sentence a line, train and held out apart, to DIR/text     (python -m data.format --help)
   --encode     DIR/vocab.txt and DIR/phase<i>/{train,heldout}/shard_*.hdf5    (python -m data.encode --help)
 
 Flags of the stages:
   --format     --heldout_fraction F  --one_sentence_per_line
-  --encode     --vocab_size N  --tokenizer wordpiece|bpe  --cased  --sequence_lengths 128,512  --dupe_factor N
-               --short_seq_prob F  --no_next_sentence  --premask  --masked_token_fraction F  --shard_megabytes F
-               --seed N
+  --encode     --vocab_size N (of a vocabulary that is built: no --vocab_file)  --tokenizer wordpiece|bpe  --cased
+               --sequence_lengths 128,512  --dupe_factor N  --short_seq_prob F  --no_next_sentence
+               --premask [--masked_token_fraction F]  --shard_megabytes F  --seed N
   both         --overwrite
 The Python is $PYTHON, else .venv/bin/python of this repository, else python3.
 TEXT
@@ -66,17 +67,29 @@ done
 [[ -n $output ]] || fail "--output is needed: a folder for the data"
 ((${#stages[@]})) || stages=(download format encode)
 
+# run_stage STAGE [--check]
 # -P: a folder named data where the command is given must not hide this repository's.
-for stage in download format encode; do
-    [[ " ${stages[*]} " == *" $stage "* ]] || continue
+run_stage() {
+    local stage=$1
+    shift
+    [[ " ${stages[*]} " == *" $stage "* ]] || return 0
     case $stage in
-        download) "$python" -P -m data.fetch --output "$output/download" "$corpus" ;;
+        download) "$python" -P -m data.fetch --output "$output/download" --corpus "$corpus" ;;
         format)
             "$python" -P -m data.format --corpus "$corpus" --download_dir "$output/download" --output "$output/text" \
-                --nproc "$nproc" "${format_flags[@]}"
+                --nproc "$nproc" "${format_flags[@]}" "$@"
             ;;
         encode)
-            "$python" -P -m data.encode --input "$output/text" --output "$output" --nproc "$nproc" "${encode_flags[@]}"
+            "$python" -P -m data.encode --input "$output/text" --output "$output" --nproc "$nproc" \
+                "${encode_flags[@]}" "$@"
             ;;
     esac
+}
+
+# A later stage's mistake shows before the hours that an earlier one may take.
+for stage in format encode; do
+    run_stage "$stage" --check
+done
+for stage in download format encode; do
+    run_stage "$stage"
 done

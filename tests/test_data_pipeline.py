@@ -97,7 +97,10 @@ def test_flags_reach_their_stages(dataset, corpus, tmp_path):
         (["--nproc", "2"], "--output is needed"),
         (["--output"], "--output needs a value"),
         (["--output", "out", "--corpora", "demo"], "unknown flag --corpora"),
-        (["--output", "out", "--corpus", "demos"], "unknown source demos: give demo, large"),
+        (["--output", "out", "--corpus", "demos"], "--corpus demos: give demo, large, a folder that exists"),
+        (["--output", "out", "--corpus", "squad"], "it is neither a folder nor a known corpus"),
+        (["--output", "out", "--corpus", "t/nowhere", "--download"], "--corpus t/nowhere: give demo, large, wiki_summ"),
+        (["--output", "out", "--corpus", "nowhere", "--download"], "it is neither a folder nor a known source"),
         (["--output", "out", "--encode"], "run data.format"),
     ],
 )
@@ -107,6 +110,57 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, flags, message):
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sequence_lengths", "4"], "--sequence_lengths: must be whole numbers of at least 8"),
+        (["--sequence_lengths", "128,abc"], "--sequence_lengths: must be whole numbers"),
+        (["--vocab_size", "3"], "--vocab_size: must be a whole number of at least 300"),
+        (["--vocab_file", "nowhere"], "--vocab_file nowhere: no such file"),
+        (["--masked_token_fraction", "0.2"], "--masked_token_fraction: has no effect without --premask"),
+        (["--heldout_fraction", "2"], "--heldout_fraction: must be a number from 0 to 1"),
+    ],
+)
+def test_a_later_stage_s_mistake_is_found_before_the_first_stage_begins(corpus, tmp_path, flags, message):
+    done = _run("--output", "out", "--corpus", corpus, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""  # not even the first stage has spoken
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_stages_that_run_are_checked(corpus, tmp_path):
+    done = _run("--output", "out", "--corpus", corpus, "--format", "--vocab_size", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_given_vocabulary_has_the_size_that_is_named_beside_it(dataset, corpus, tmp_path):
+    entries = (dataset / "vocab.txt").read_text().splitlines()
+    vocab_file = tmp_path / "vocab.txt"
+    vocab_file.write_text("\n".join([*entries, *(f"[unused{number}]" for number in range(400 - len(entries)))]))
+    given = ["--corpus", corpus, "--vocab_file", vocab_file, "--sequence_lengths", 32, "--dupe_factor", 1]
+    done = _run("--output", tmp_path / "out", *given, "--vocab_size", 9000)
+    assert done.returncode == 2
+    assert f"--vocab_size 9000: --vocab_file {vocab_file} has 400 entries: give one of the two" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [vocab_file]
+    for flags in ([], ["--vocab_size", 400]):
+        done = _run("--output", tmp_path / "out", *given, *flags)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == vocab_file.read_bytes()
+
+
+def test_text_that_is_not_utf8_leaves_no_progress_bar_before_the_error(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_bytes(b"caf\xe9 words\n")
+    done = _run("--output", "out", "--corpus", "files", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1  # a bar's carriage return would part lines, too
+    assert "files/a.txt is not UTF-8 text" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
 
 
 def test_a_file_in_the_place_of_the_output_is_one_line_and_exit_code_2(corpus, tmp_path):
@@ -133,6 +187,11 @@ def test_a_file_in_the_place_of_the_output_is_one_line_and_exit_code_2(corpus, t
         (encode, ["--input", "in", "--output", "out", "--nproc", "0"], "--nproc: must be a whole number of at least 1"),
         (encode, ["--input", "in", "--output", "out", "--tokenizer", "words"], "--tokenizer: invalid choice"),
         (encode, ["--input", "in", "--output", "out", "--vocab_size", "100"], "--vocab_size: must be a whole number"),
+        (
+            encode,
+            ["--input", "in", "--output", "out", "--masked_token_fraction", "0.15"],
+            "--masked_token_fraction: has no effect without --premask",
+        ),
     ],
 )
 def test_stages_refuse_wrong_flags_in_one_line(tmp_path, monkeypatch, capsys, stage, flags, message):
