@@ -67,6 +67,9 @@ done
 [[ -n $output ]] || fail "--output is needed: a folder for the data"
 ((${#stages[@]})) || stages=(download format encode)
 
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "PYTHON $python: is no Python of 3.11 or later: set PYTHON to one"
+
 # run_stage STAGE [--check]
 # -P: a folder named data where the command is given must not hide this repository's.
 run_stage() {

@@ -153,6 +153,17 @@ def test_a_given_vocabulary_has_the_size_that_is_named_beside_it(dataset, corpus
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == vocab_file.read_bytes()
 
 
+@pytest.mark.parametrize("python", ["/nowhere/python", "/dev", "false"])
+def test_a_python_that_is_none_is_named(corpus, tmp_path, python):
+    command = ["bash", str(SCRIPT), "--output", str(tmp_path / "out"), "--corpus", str(corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": python}, timeout=60)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"create_datasets.sh: error: PYTHON {python}: is no Python of 3.11 or later: set PYTHON to one\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_text_that_is_not_utf8_leaves_no_progress_bar_before_the_error(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_bytes(b"caf\xe9 words\n")
