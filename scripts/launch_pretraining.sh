@@ -11,18 +11,13 @@
 
 LAUNCHER="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/launch_pretraining.sh"
 REPOSITORY="$(dirname "$(dirname "$LAUNCHER")")"
+# shellcheck source=scripts/launch_arguments.sh
+source "$REPOSITORY/scripts/launch_arguments.sh"
 
 # Sequences of 128 tokens in phase 1, of 512 after it.
-declare -A DATA_FOLDER=([1]=phase1 [2]=phase2 [3]=phase2)
+DATA_FOLDER=([1]=phase1 [2]=phase2 [3]=phase2)
 STOPPED=75      # exit code of run_phases: a signal ended it before the last phase was done
 USR1_DEATH=138  # exit code of a run that USR1 met before it listened, so before any training
-
-say() { echo "$(basename "$0"): $*" >&2; }
-
-refuse() {
-    say "error: $*"
-    exit 2
-}
 
 # ----------------------------------------------------------------------------------------------- phases and checkpoints
 
@@ -66,20 +61,59 @@ newest_step() { # of any checkpoint, 0 without one
     echo "$newest"
 }
 
-check_settings() {
-    local phase config
+check_phases() {
+    local phase before=0
     local -a phases
     read -ra phases <<< "$PHASES"
     PHASES="${phases[*]}"
     [[ -n $PHASES ]] || refuse "PHASES: must name at least one phase"
+    for phase in "${phases[@]}"; do
+        [[ $phase == [1-9] && -n ${DATA_FOLDER[$phase]:-} && $phase -gt $before ]] ||
+            refuse "PHASES=$PHASES: must be phases out of ${!DATA_FOLDER[*]}, in this order"
+        before="$phase"
+    done
+}
+
+check_settings() {
+    local phase config
+    check_phases
+    check_whole EVAL_INTERVAL 0
+    check_whole STOP_GRACE 0
+    check_whole MAX_RESTARTS 0
+    check_processes
+    check_output_dir
     for phase in $PHASES; do
-        [[ -n ${DATA_FOLDER[$phase]:-} ]] || refuse "PHASES=$PHASES: must be phases out of ${!DATA_FOLDER[*]}"
         config="$(config_of "$phase")"
         [[ -r $config ]] || refuse "CONFIG_DIR=$CONFIG_DIR: must hold $(basename "$config")"
         final_step "$phase" > /dev/null || exit
     done
     [[ $EXTRA_FLAGS != *--max_steps* && $EXTRA_FLAGS != *--previous_phase_end_step* ]] ||
         refuse "EXTRA_FLAGS=$EXTRA_FLAGS: a phase's steps belong in its config file, where this script reads them too"
+}
+
+# Where the data is read: on this machine, unless the job script says by DATA_ON_NODES that it starts others.
+check_data() { # PHASE
+    local part
+    local -a parts=(train)
+    [[ $DATA_DIR != s3://* ]] || return 0
+    if ((EVAL_INTERVAL > 0)); then parts+=(heldout); fi
+    for part in "${parts[@]}"; do
+        [[ -d $DATA_DIR/${DATA_FOLDER[$1]}/$part ]] ||
+            refuse "DATA_DIR=$DATA_DIR: must hold the folder ${DATA_FOLDER[$1]}/$part (scripts/create_datasets.sh makes it)"
+    done
+}
+
+check_phase_flags() { # of every phase that is still to run, where torchrun has its Python beside it
+    local phase torchrun python
+    torchrun="$(find_torchrun 2> /dev/null)" || return 0
+    python="$(dirname "$(readlink -f "$torchrun")")/python"
+    [[ -x $python ]] || return 0
+    for phase in $PHASES; do
+        if ! finished "$phase"; then
+            pretraining_flags "$phase"
+            check_flags "$python" run_pretraining.py "${FLAGS[@]}"
+        fi
+    done
 }
 
 # ------------------------------------------------------------------------------------------------------- the job's loop
@@ -120,10 +154,12 @@ run_phases() {
     STOP_SIGNAL="" RUN_PID=""
     trap 'stop_run USR1' USR1
     trap 'stop_run TERM' TERM INT HUP
+    check_phase_flags
     while true; do
         phase="$(next_phase)" || return
         [[ -n $phase ]] || break
         [[ -z $STOP_SIGNAL ]] || return "$STOPPED"
+        [[ -n ${DATA_ON_NODES:-} ]] || check_data "$phase"
         before="$(newest_step)"
         say "phase $phase goes on after step $before, to step $(final_step "$phase")"
         start_phase "$phase" &
@@ -227,6 +263,7 @@ run_phase() { # PHASE
         rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "$RDZV_ID")
     fi
     torchrun="$(find_torchrun)" || exit
+    check_data "$1"
     command -v pgrep setsid > /dev/null || refuse "pgrep and setsid must be installed (procps and util-linux)"
     pretraining_flags "$1"
     cd "$REPOSITORY" # the config files name the model's file from here

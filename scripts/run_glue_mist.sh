@@ -10,11 +10,16 @@
 #SBATCH --time=12:00:00
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-REPOSITORY="${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the folder of the repository}"
+REPOSITORY="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}" # SLURM runs a copy from elsewhere
 if [[ ! -f $REPOSITORY/run_glue.py ]]; then
     echo "error: $REPOSITORY is not the folder of the repository: run sbatch from there" >&2
     exit 2
 fi
+# shellcheck source=scripts/launch_arguments.sh
+source "$REPOSITORY/scripts/launch_arguments.sh"
+HELP_FILES+=("$REPOSITORY/scripts/run_glue.sh" "$REPOSITORY/scripts/launch_finetuning.sh")
+take_no_arguments "$@"
+check_sbatch
 
 export NPROC_PER_NODE="${NPROC_PER_NODE:-gpu}" # one process a GPU
 export PRECISION="${PRECISION:-fp16}"

@@ -11,7 +11,7 @@ REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 set -a # the settings are exported
 # ---- the recipe
-PHASES="${PHASES:-1 2}"                                     # in this order
+PHASES="${PHASES-1 2}"                                      # in this order
 CONFIG_DIR="${CONFIG_DIR:-$REPOSITORY/config}"              # the phases' steps, batches and learning rates
 DATA_DIR="${DATA_DIR:-$REPOSITORY/datasets}"                # from scripts/create_datasets.sh; or s3://BUCKET/PREFIX
 OUTPUT_DIR="${OUTPUT_DIR:-$REPOSITORY/results/bert_large}"  # checkpoints and logs
@@ -38,6 +38,7 @@ set +a
 
 # shellcheck source=scripts/launch_pretraining.sh
 source "$REPOSITORY/scripts/launch_pretraining.sh"
+take_no_arguments "$@"
 
 start_phase() { exec bash "$LAUNCHER" run "$1"; }
 

@@ -15,7 +15,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-REPOSITORY="${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the folder of the repository}"
+REPOSITORY="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}" # SLURM runs a copy from elsewhere
 if [[ ! -f $REPOSITORY/run_pretraining.py ]]; then
     echo "error: $REPOSITORY is not the folder of the repository: run sbatch from there" >&2
     exit 2
@@ -23,7 +23,7 @@ fi
 
 set -a # the settings are exported
 # ---- the recipe
-PHASES="${PHASES:-1 2}"                                     # in this order
+PHASES="${PHASES-1 2}"                                      # in this order
 CONFIG_DIR="${CONFIG_DIR:-$REPOSITORY/config}"              # the phases' steps, batches and learning rates
 DATA_DIR="${DATA_DIR:-$REPOSITORY/datasets}"                # from scripts/create_datasets.sh; or s3://BUCKET/PREFIX
 OUTPUT_DIR="${OUTPUT_DIR:-$REPOSITORY/results/bert_large}"  # checkpoints and logs
@@ -51,6 +51,8 @@ set +a
 
 # shellcheck source=scripts/launch_pretraining.sh
 source "$REPOSITORY/scripts/launch_pretraining.sh"
+take_no_arguments "$@"
+check_sbatch
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NNODES="$SLURM_JOB_NUM_NODES" RDZV_ID="$SLURM_JOB_ID"

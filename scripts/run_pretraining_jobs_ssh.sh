@@ -12,7 +12,7 @@ REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 set -a # the settings are exported
 # ---- the recipe
-PHASES="${PHASES:-1 2}"                                     # in this order
+PHASES="${PHASES-1 2}"                                      # in this order
 CONFIG_DIR="${CONFIG_DIR:-$REPOSITORY/config}"              # the phases' steps, batches and learning rates
 DATA_DIR="${DATA_DIR:-$REPOSITORY/datasets}"                # from scripts/create_datasets.sh; or s3://BUCKET/PREFIX
 OUTPUT_DIR="${OUTPUT_DIR:-$REPOSITORY/results/bert_large}"  # checkpoints and logs
@@ -43,10 +43,12 @@ set +a
 
 # shellcheck source=scripts/launch_pretraining.sh
 source "$REPOSITORY/scripts/launch_pretraining.sh"
+take_no_arguments "$@"
 
-[[ -r $NODES_FILE ]] || refuse "NODES_FILE=$NODES_FILE: must be a file with one machine a line"
+[[ -r $NODES_FILE && ! -d $NODES_FILE ]] || refuse "NODES_FILE=$NODES_FILE: must be a file with one machine a line"
 mapfile -t hosts < <(sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' "$NODES_FILE")
 ((${#hosts[@]} > 0)) || refuse "NODES_FILE=$NODES_FILE: names no machine"
+check_whole RDZV_PORT 1 65535
 export NNODES="${#hosts[@]}" RDZV_ENDPOINT="${hosts[0]##*@}:$RDZV_PORT" RDZV_ID="slope-$$"
 
 # What every machine needs of the settings above.
@@ -104,6 +106,7 @@ start_phase() { # PHASE
     return "$code"
 }
 
+DATA_ON_NODES=1 # this machine may be none of them
 code=0
 run_phases || code=$?
 if ((code == STOPPED)); then

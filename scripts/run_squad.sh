@@ -8,6 +8,7 @@
 set -euo pipefail
 # shellcheck source=scripts/launch_finetuning.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch_finetuning.sh"
+take_no_arguments "$@"
 
 SQUAD_VERSION="${SQUAD_VERSION:-v1.1}"                   # or v2.0
 DATA_DIR="${DATA_DIR:-$REPOSITORY/data/squad}"           # holds train-v1.1.json and dev-v1.1.json
@@ -29,7 +30,12 @@ for split in train dev; do
     [[ -f $DATA_DIR/$split-$SQUAD_VERSION.json ]] || refuse "DATA_DIR=$DATA_DIR: holds no $split-$SQUAD_VERSION.json"
 done
 
-finetune run_squad.py --train_file "$DATA_DIR/train-$SQUAD_VERSION.json" \
-    --predict_file "$DATA_DIR/dev-$SQUAD_VERSION.json" --output_dir "$OUTPUT_DIR" --do_train --do_predict --do_eval \
-    --max_seq_length "$MAX_SEQ_LENGTH" --doc_stride "$DOC_STRIDE" --train_batch_size "$TRAIN_BATCH_SIZE" \
-    --learning_rate "$LEARNING_RATE" --num_train_epochs "$EPOCHS" "${flags[@]}"
+run=(
+    run_squad.py
+    --train_file "$DATA_DIR/train-$SQUAD_VERSION.json" --predict_file "$DATA_DIR/dev-$SQUAD_VERSION.json"
+    --output_dir "$OUTPUT_DIR" --do_train --do_predict --do_eval --max_seq_length "$MAX_SEQ_LENGTH"
+    --doc_stride "$DOC_STRIDE" --train_batch_size "$TRAIN_BATCH_SIZE" --learning_rate "$LEARNING_RATE"
+    --num_train_epochs "$EPOCHS" "${flags[@]}"
+)
+check_finetuning "${run[@]}"
+finetune "${run[@]}"

@@ -16,6 +16,8 @@ import run_squad
 ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!{python} -SE
 import json, sys
+if "-c" in sys.argv[1:3]:
+    sys.exit()  # asked whether flags are right
 with open({calls!r}, "a") as file:
     file.write(json.dumps(sys.argv[1:]) + chr(10))
 sys.exit(any(word in {failing!r} for word in sys.argv))
@@ -42,17 +44,19 @@ class Machine:
         stub.write_text(STUB.format(python=sys.executable, calls=str(self.calls_file), failing=words))
         stub.chmod(0o755)
 
-    def run(self, script: str, **settings: str | None) -> tuple[int, str]:
+    def run(self, script: str, *arguments: str, **settings: str | None) -> tuple[int, str]:
         """Exit code and stderr; a setting of None is not set."""
+        ended = self.process(script, *arguments, **settings)
+        return ended.returncode, ended.stderr
+
+    def process(self, script: str, *arguments: str, **settings: str | None) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         environment |= {"PYTHON": str(self.home / "python"), "INIT_CHECKPOINT": str(self.home / "ckpt_9.pt")}
         environment |= {"VOCAB_FILE": str(self.home / "vocab.txt"), "DATA_DIR": str(self.home / "data")}
         environment |= {"OUTPUT_DIR": str(self.home / "out put"), "TASKS": "CoLA RTE"} | settings
         environment = {name: value for name, value in environment.items() if value is not None}
-        ended = subprocess.run(
-            ["bash", str(ROOT / "scripts" / script)], cwd=self.home, env=environment, capture_output=True, text=True
-        )
-        return ended.returncode, ended.stderr
+        command = ["bash", str(ROOT / "scripts" / script), *arguments]
+        return subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True)
 
     def calls(self) -> list[list[str]]:
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
@@ -121,6 +125,10 @@ def test_a_task_that_fails_does_not_stop_the_others(machine):
         ("run_squad.sh", {"INIT_CHECKPOINT": "none.pt"}, "INIT_CHECKPOINT=none.pt"),
         ("run_glue.sh", {"DATA_DIR": "none"}, "DATA_DIR=none"),
         ("run_glue.sh", {"TASKS": "CoLA QQP"}, "QQP"),
+        ("run_glue.sh", {"TASKS": ""}, "TASKS: must name at least one task"),
+        ("run_glue.sh", {"NPROC_PER_NODE": "zero"}, "NPROC_PER_NODE=zero: must be a whole number of at least 1"),
+        ("run_squad.sh", {"OUTPUT_DIR": "vocab.txt"}, "OUTPUT_DIR=vocab.txt: must be a folder"),
+        ("run_glue.sh", {"VOCAB_FILE": "none.txt"}, "VOCAB_FILE=none.txt: no such file"),
         ("run_squad.sh", {"SQUAD_VERSION": "v3"}, "SQUAD_VERSION=v3"),
         ("run_glue_mist.sh", {}, "sbatch"),
         ("run_squad_mist.sh", {"SLURM_SUBMIT_DIR": "/"}, "is not the folder of the repository"),
@@ -128,8 +136,41 @@ def test_a_task_that_fails_does_not_stop_the_others(machine):
 )
 def test_wrong_settings_start_nothing(machine, script, settings, said):
     code, lines = machine.run(script, **settings)
-    assert code != 0 and said in lines and len(lines.splitlines()) == 1
+    assert code == 2 and said in lines and len(lines.splitlines()) == 1
     assert machine.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "said"),
+    [
+        ("run_glue.sh", {"SEEDS": "x"}, "--seeds x: must be different whole numbers"),
+        ("run_glue.sh", {"EPOCHS": "x"}, "--num_train_epochs: must be a number, not x"),
+        ("run_glue.sh", {"COLA_EPOCHS": "0", "TASKS": "RTE CoLA"}, "--num_train_epochs 0: must be above 0"),
+        ("run_glue.sh", {"LORA_RANK": "x", "NPROC_PER_NODE": "2"}, "--lora_rank: must be a number, not x"),
+        ("run_squad.sh", {"EPOCHS": "x"}, "--num_train_epochs: must be a number, not x"),
+        ("run_squad.sh", {"PRUNED_MATRIX": "foo"}, "--pruned_matrix foo: must be one of"),
+    ],
+)
+def test_what_the_python_script_says_of_its_flags_is_said_once_before_the_first_task(machine, script, settings, said):
+    """With the real Python, which starts nothing."""
+    code, lines = machine.run(script, PYTHON=sys.executable, **settings)
+    assert code == 2 and said in lines and len(lines.splitlines()) == 1, lines
+    assert not (machine.home / "out put").exists()
+
+
+@pytest.mark.parametrize("script", ["run_glue.sh", "run_squad.sh", "run_glue_mist.sh", "run_squad_mist.sh"])
+def test_help_lists_the_settings_and_no_other_argument_is_taken(machine, script):
+    for word in ("--help", "-h"):
+        ended = machine.process(script, word)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.startswith("Fine-tune on ")
+        names = [line.split("=")[0].strip() for line in ended.stdout.split("Settings")[1].splitlines()[1:]]
+        assert {"DATA_DIR", "OUTPUT_DIR", "EPOCHS", "INIT_CHECKPOINT", "SEEDS", "NPROC_PER_NODE"} < set(names)
+        assert len(names) == len(set(names))
+        assert ("NPROC_PER_NODE=gpu" in ended.stdout) == ("mist" in script)
+    code, said = machine.run(script, "CoLA", SLURM_SUBMIT_DIR=str(ROOT))
+    assert code == 2 and said.startswith(f"{script}: error: unknown argument CoLA: settings are variables")
+    assert said.count("\n") == 1 and machine.calls() == []
 
 
 @pytest.mark.parametrize("task", ["glue", "squad"])

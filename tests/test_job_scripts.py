@@ -104,6 +104,9 @@ class Cluster:
         for phase, (before, steps) in PHASE_STEPS.items():
             config = {"previous_phase_end_step": before, "max_steps": steps, "log_prefix": f"phase{phase}_log"}
             self.config(phase).write_text(json.dumps(config, indent=2))
+        for folder in ("phase1", "phase2"):
+            for part in ("train", "heldout"):
+                (home / "data" / folder / part).mkdir(parents=True)
         self.bin = home / "bin"
         self.bin.mkdir()
         self.add_stub("torchrun", TORCHRUN.format(python=sys.executable, home=str(home)))
@@ -122,7 +125,14 @@ class Cluster:
     def plan(self, *actions: str, host: str = "") -> None:
         (self.home / f"plan{host}").write_text("\n".join(actions))
 
-    def start(self, job: str, **settings: str) -> subprocess.Popen:
+    def add_environment(self) -> None:
+        """This Python beside torchrun, and what it needs of the real repository to read run_pretraining.py's flags."""
+        self.add_stub("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (self.repository / "run_pretraining.py").write_text((ROOT / "run_pretraining.py").read_text())
+        for name in ("data", "training", "kernels", "modeling.py", "optimization.py", "sparse_ops.py"):
+            (self.repository / name).symlink_to(ROOT / name)
+
+    def start(self, job: str, *arguments: str, **settings: str) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         environment |= {"PATH": f"{self.bin}:{environment['PATH']}", "OUTPUT_DIR": str(self.output), "DATA_DIR": "data"}
         if job == "slurm":
@@ -130,7 +140,7 @@ class Cluster:
             environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
             environment["SLURM_CPUS_PER_TASK"] = "16"
         process = subprocess.Popen(
-            ["bash", self.repository / "scripts" / JOBS[job]],
+            ["bash", self.repository / "scripts" / JOBS[job], *arguments],
             cwd=self.home,
             env=environment | settings,
             text=True,
@@ -153,8 +163,8 @@ class Cluster:
         for process in self.started:
             process.wait()
 
-    def run(self, job: str, **settings: str) -> tuple[int, str]:
-        process = self.start(job, **settings)
+    def run(self, job: str, *arguments: str, **settings: str) -> tuple[int, str]:
+        process = self.start(job, *arguments, **settings)
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
@@ -519,10 +529,29 @@ def test_the_three_scripts_have_the_same_recipe_and_ssh_forwards_all_of_it():
     [
         ("local", {"PHASES": "1 4"}, "error: PHASES=1 4: must be phases out of"),
         ("local", {"PHASES": " "}, "error: PHASES: must name at least one phase"),
+        ("local", {"PHASES": ""}, "error: PHASES: must name at least one phase"),
+        ("local", {"PHASES": "7"}, "error: PHASES=7: must be phases out of 1 2 3, in this order"),
+        ("local", {"PHASES": "2 1"}, "error: PHASES=2 1: must be phases out of 1 2 3, in this order"),
+        ("local", {"PHASES": "1 1"}, "error: PHASES=1 1: must be phases out of 1 2 3, in this order"),
+        ("local", {"PHASES": "*"}, "error: PHASES=*: must be phases out of"),
+        ("local", {"NPROC_PER_NODE": "zero"}, "error: NPROC_PER_NODE=zero: must be a whole number of at least 1, or"),
+        ("slurm", {"NPROC_PER_NODE": "0"}, "error: NPROC_PER_NODE=0: must be a whole number of at least 1, or"),
+        ("local", {"MAX_RESTARTS": "x"}, "error: MAX_RESTARTS=x: must be a whole number of at least 0"),
+        ("local", {"EVAL_INTERVAL": "often"}, "error: EVAL_INTERVAL=often: must be a whole number of at least 0"),
+        ("local", {"EVAL_INTERVAL": "08"}, "error: EVAL_INTERVAL=08: must be a whole number of at least 0"),
+        ("ssh", {"STOP_GRACE": "long"}, "error: STOP_GRACE=long: must be a whole number of at least 0"),
+        ("ssh", {"RDZV_PORT": "65536"}, "error: RDZV_PORT=65536: must be a whole number from 1 to 65535"),
+        ("local", {"DATA_DIR": "nowhere"}, "/nowhere: must hold the folder phase1/train"),
+        ("slurm", {"DATA_DIR": "nowhere"}, "/nowhere: must hold the folder phase1/train"),
+        ("local", {"OUTPUT_DIR": "empty"}, "/empty: must be a folder that can be written to, or a path"),
+        ("ssh", {"OUTPUT_DIR": "empty/out"}, "/empty/out: must be a folder that can be written to, or a path"),
+        ("local", {"OUTPUT_DIR": "s3://bucket/out"}, "OUTPUT_DIR=s3://bucket/out: must be a folder"),
         ("local", {"CONFIG_DIR": "nowhere"}, "must hold bert_pretraining_phase1_config.json"),
         ("local", {"EXTRA_FLAGS": "--max_steps 5"}, "error: EXTRA_FLAGS=--max_steps 5: "),
         ("ssh", {"NODES_FILE": "nowhere"}, "error: NODES_FILE=nowhere: must be a file"),
+        ("ssh", {"NODES_FILE": "bin"}, "error: NODES_FILE=bin: must be a file"),
         ("ssh", {"NODES_FILE": "empty"}, "error: NODES_FILE=empty: names no machine"),
+        ("slurm", {"SLURM_SUBMIT_DIR": ""}, "error: SLURM_SUBMIT_DIR is not set: submit this script with sbatch"),
         ("slurm", {"SLURM_SUBMIT_DIR": "/"}, "error: / is not the folder of the repository"),
     ],
 )
@@ -532,6 +561,83 @@ def test_wrong_settings_are_one_line_and_exit_code_2(cluster, job, settings, mes
     code, output = cluster.run(job, **settings)
     assert (code, output.count("\n"), cluster.runs()) == (2, 1, []), output
     assert message in output
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"LORA_RANK": "x"}, "--lora_rank: must be a number, not x"),
+        ({"OPTIMIZER": "foo"}, "--optimizer: invalid choice: 'foo'"),
+        ({"PRUNED_MATRIX": "foo"}, "--pruned_matrix foo: must be one of"),
+        ({"PRUNED_MATRIX": "none"}, "--add_lora lazy: adapters join pruned layers"),
+        ({"EXTRA_FLAGS": "--nonsense 3"}, "unrecognized arguments: --nonsense 3"),
+    ],
+)
+def test_what_run_pretraining_says_of_its_flags_is_said_before_torchrun_starts(cluster, settings, message):
+    cluster.add_environment()
+    code, output = cluster.run("local", CONFIG_DIR=str(ROOT / "config"), **settings)
+    assert (code, output.count("\n"), cluster.runs()) == (2, 1, []), output
+    assert output.startswith("run_pretraining.py: error: ") and message in output
+    assert not cluster.output.exists()
+
+
+def test_a_finished_phases_flags_are_not_asked_about(cluster):
+    cluster.add_environment()
+    for phase, key in ((1, "no_flag"), (2, "model_config_file")):
+        config = json.loads(cluster.config(phase).read_text()) | {key: "model.json"}
+        cluster.config(phase).write_text(json.dumps(config))
+    code, output = cluster.run("local")
+    assert (code, cluster.runs()) == (2, []) and "key no_flag is no flag" in output
+    (cluster.output / "pretrain_ckpts").mkdir(parents=True)
+    (cluster.output / "pretrain_ckpts" / "ckpt_4.pt").touch()
+    cluster.plan("save 7")
+    code, output = cluster.run("local")
+    assert (code, cluster.phases()) == (0, [2]), output
+
+
+def test_a_signal_while_the_flags_are_asked_about_ends_the_script_with_0(cluster):
+    cluster.add_stub("python", f"#!/bin/sh\necho 0 > {cluster.home}/ready\nsleep 1\n")
+    code, output = cluster.interrupt("local", signal.SIGTERM)
+    assert (code, cluster.runs()) == (0, []), output
+    assert "start it again to go on" in output
+
+
+def test_held_out_data_must_be_there_only_where_it_is_evaluated_on(cluster):
+    (cluster.home / "data" / "phase1" / "heldout").rmdir()
+    code, output = cluster.run("local", PHASES="1")
+    assert (code, output.count("\n"), cluster.runs()) == (2, 1, []), output
+    assert "must hold the folder phase1/heldout" in output
+    cluster.plan("save 4")
+    assert cluster.run("local", PHASES="1", EVAL_INTERVAL="0")[0] == 0
+
+
+def test_ssh_asks_the_machines_for_the_data_and_not_the_one_that_it_starts_from(cluster):
+    (cluster.repository / "nodes.txt").write_text("alpha\n")
+    code, output = cluster.run("ssh", DATA_DIR="nowhere")
+    assert (code, len(cluster.calls("ssh")), cluster.runs()) == (2, 1, []), output
+    assert "launch_pretraining.sh: error: DATA_DIR=" in output
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_prints_the_head_comment_and_every_setting_and_starts_nothing(cluster, job):
+    for word in ("--help", "-h"):
+        code, output = cluster.run(job, word, SLURM_SUBMIT_DIR="" if job == "slurm" else "/")
+        assert (code, cluster.runs()) == (0, []), output
+        assert output.startswith("Pretrain BERT-Large by the SLoPe recipe on ")
+        assert "#" not in output.replace("#SBATCH", "").replace("# starts a comment", "")
+        for name in re.findall(r"^(\w+)=", recipe(job), re.MULTILINE):
+            assert re.search(rf"^  {name}=", output, re.MULTILINE), name
+        assert "  SPARSITY_INCREMENT=-1             -1: 2:4 in every block\n" in output
+        assert "  CONFIG_DIR=config  " in output
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("argument", ["--dry_run", "OUTPUT_DIR=out"])
+def test_any_other_argument_is_refused(cluster, job, argument):
+    (cluster.repository / "nodes.txt").write_text("alpha\n")
+    code, output = cluster.run(job, argument)
+    assert (code, output.count("\n"), cluster.runs()) == (2, 1, []), output
+    assert f"error: unknown argument {argument}: settings are variables" in output
 
 
 def test_a_config_without_its_number_of_steps_is_refused(cluster):
