@@ -9,31 +9,29 @@
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-
-fail() {
-    echo "quickstart.sh: error: $1" >&2
-    exit 2
-}
+# shellcheck source=scripts/launch_arguments.sh
+source "$REPOSITORY/scripts/launch_arguments.sh"
 
 output=demo
 dense=false
 while [ $# -gt 0 ]; do
     case $1 in
+        -h | --help) show_help && exit ;;
         --dense) dense=true; shift ;;
         --output)
-            [[ -n ${2:-} ]] || fail "--output needs a folder"
+            [[ -n ${2:-} ]] || refuse "--output needs a folder"
             output=$2
             shift 2
             ;;
-        *) fail "unknown argument $1 (known: --dense, --output DIR)" ;;
+        *) refuse "unknown argument $1 (known: --dense, --output DIR)" ;;
     esac
 done
 steps=${DEMO_STEPS:-2231}
 finetune_steps=${DEMO_FINETUNE_STEPS:-}
 for setting in "DEMO_STEPS=$steps" ${finetune_steps:+"DEMO_FINETUNE_STEPS=$finetune_steps"}; do
-    [[ $setting =~ ^[A-Z_]+=[1-9][0-9]*$ ]] || fail "$setting: must be a whole number of at least 1"
+    [[ $setting =~ ^[A-Z_]+=[1-9][0-9]*$ ]] || refuse "$setting: must be a whole number of at least 1"
 done
-mkdir -p -- "$output" 2>/dev/null || fail "--output $output: must be a folder, or a path where one can be made"
+mkdir -p -- "$output" 2>/dev/null || refuse "--output $output: must be a folder, or a path where one can be made"
 output=$(CDPATH='' cd -- "$output" && pwd -P) # one spelling: runs remember the paths that they began from
 
 prepare_environment requirements.txt

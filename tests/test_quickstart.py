@@ -203,6 +203,16 @@ def test_wrong_arguments_are_refused_before_anything_is_done(clone, arguments, s
     assert sorted(clone.home.rglob("*")) == before
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_prints_the_head_comment_and_starts_nothing(clone, word):
+    before = sorted(clone.home.rglob("*"))
+    ended = clone.run(word)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("From nothing to a small BERT") and "\n  --output DIR " in ended.stdout
+    assert "#" not in ended.stdout and ended.stdout.endswith("2 of the other).\n")
+    assert sorted(clone.home.rglob("*")) == before
+
+
 # ------------------------------------------------------------------------------------------------------ in earnest
 def write_source(folder: Path, name: str, files: dict[str, bytes]) -> None:
     """Files that pass for a source of data.fetch."""
