@@ -663,6 +663,32 @@ def test_run_pretraining_takes_the_scripts_flags_with_the_published_configs(clus
     assert batches == [(65536, 64, 20), (32768, 8, 80), (32768, 8, 80)]
 
 
+def test_setup_mds_trial_without_a_gpu_runs_the_demos_model_through_both_phases(cluster):
+    """Its commands as they stand, but for the one that makes the data."""
+    section = (ROOT / "SETUP.md").read_text().split("## 3. A trial run")[1].split("\n## ")[0]
+    shorten, without_gpu = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    data, commands = without_gpu.split("\n", 1)
+    assert data.startswith("bash scripts/create_datasets.sh --output results/trial_data ")
+    cluster.add_environment()
+    shutil.rmtree(cluster.repository / "config")
+    shutil.copytree(ROOT / "config", cluster.repository / "config")
+    shutil.copytree(cluster.home / "data", cluster.repository / "results" / "trial_data")
+    cluster.plan("save 20", "save 40")
+    environment = os.environ | {"PATH": f"{cluster.bin}:{os.environ['PATH']}"}
+    trial = shorten.rpartition("CONFIG_DIR=")[0] + commands
+    found = subprocess.run(
+        ["bash", "-ec", trial], cwd=cluster.repository, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0 and "phases 1 2 are finished" in found.stderr, found.stderr
+    assert [flags["--precision"] for _, _, flags in cluster.runs()] == ["fp32", "fp32"]
+    for phase in (1, 2):
+        config = json.loads(
+            (cluster.repository / f"trial_config/bert_pretraining_phase{phase}_config.json").read_text()
+        )
+        assert config["model_config_file"] == "config/bert_demo_config.json"
+    assert "/trial_config/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
 @pytest.mark.parametrize("pruned,add_lora", [("static-weight", "lazy"), ("none", None)])
 def test_the_demos_config_serves_the_sparse_and_the_dense_run(pruned, add_lora):
     """A dense model takes no adapters, so the config leaves them to the command line."""
