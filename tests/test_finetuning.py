@@ -240,6 +240,37 @@ def test_the_published_argument_lists_are_taken(door, slope, folder, data, tmp_p
     assert not (tmp_path / "amp_cache").exists()
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_summary_that_could_not_be_written_is_found_before_the_first_step(door, folder, data, tmp_path):
+    file = runs.write(tmp_path / "file", "kept")
+    output = tmp_path / "out"
+    for path, words in (
+        (tmp_path, "is a folder; give the name of a file"),
+        (file / "a" / "b.json", f"{file} is a file"),
+    ):
+        line = runs.refused(door, flags(door, folder, data, output, **{"json-summary": path}))
+        assert f"--json-summary {path}: " in line and words in line
+    line = runs.refused(door, flags(door, folder, data, file))
+    assert f"--output_dir {file}: " in line and "give a folder" in line
+    line = runs.refused(door, flags(door, folder, data, output, cache_dir=file / "cache"))
+    assert f"--cache_dir {file}/cache: {file} is a file" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_summary_without_scores_is_the_trainings(door, folder, data, tmp_path):
+    summary = tmp_path / "below" / "dllogger.json"
+    changes = {"do_eval": None, "do_predict": True, "json-summary": summary}
+    runs.run(door, flags(door, folder, data, tmp_path / "out", **changes))
+    written = json.loads(summary.read_text().removeprefix("DLLL "))["data"]
+    losses = runs.losses(tmp_path / "out")
+    assert written == {"steps": 2, "average_loss": pytest.approx(sum(losses) / 2)}
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+    before = runs.snapshot(tmp_path)
+    line = runs.refused(door, flags(door, folder, data, tmp_path / "out", **changes, do_train=None))
+    assert "--json-summary" in line and "--do_eval" in line and runs.snapshot(tmp_path) == before
+
+
 def test_a_model_can_be_named_by_its_folder(folder, data, tmp_path):
     """--bert_model is a label, or a Hugging Face folder when nothing else says where weights are."""
     runs.run("run_glue", glue(None, data / "SST-2", tmp_path, bert_model=folder, max_steps=2))

@@ -16,6 +16,8 @@ from training.flags import (
     add_padding_flags,
     add_precision_flags,
     add_switch,
+    check_output_file,
+    check_output_folder,
     parse_seeds,
     real,
     settle_precision,
@@ -85,7 +87,11 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
     add_sparsity_flags(parser)
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--log_freq", default=50, type=whole(1), help="steps between two lines in the text log")
-    logs.add_argument("--json-summary", metavar="FILE", help="also write the results as dllogger lines here")
+    logs.add_argument(
+        "--json-summary",
+        metavar="FILE",
+        help="write the metrics as a dllogger line here; without --do_eval, the training's",
+    )
     add_switch(logs, "--disable_progress_bar", "no progress bar", aliases=("--disable-progress-bar",))
     logs.add_argument("--num_steps_per_checkpoint", default=500, type=whole(1), help="steps between two checkpoints")
     logs.add_argument("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch; not needed")
@@ -95,6 +101,13 @@ def settle_finetuning_flags(args) -> None:
     """Check what the flags say together; afterwards `args.precision` and `args.seed_list` hold the outcome."""
     if args.output_dir is None:
         raise UsageError("--output_dir: must be given")
+    check_output_folder("--output_dir", args.output_dir)
+    if args.cache_dir is not None and not args.skip_cache:
+        check_output_folder("--cache_dir", args.cache_dir)
+    if args.json_summary is not None:
+        check_output_file("--json-summary", args.json_summary)
+        if not (args.do_train or args.do_eval):
+            raise UsageError("--json-summary: predictions alone measure nothing; add --do_eval, or leave it out")
     if args.loss_scale != 0:
         raise UsageError(f"--loss_scale {args.loss_scale:g}: only 0, dynamic loss scaling, is supported")
     if args.max_steps == 0:

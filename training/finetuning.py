@@ -203,6 +203,10 @@ class FineTuning:
                 self.clock = time.perf_counter()
         return True
 
+    def training_metrics(self) -> dict[str, float]:
+        """What training alone measures; empty where none was."""
+        return {"steps": self.step, "average_loss": self.loss_total / self.step} if self.step else {}
+
     def _finish_steps(self, under_way: deque[_Given], features: Features, logger: Logger, but: int = 0) -> None:
         """Wait for the losses of all that are under way but the last `but`, and log them."""
         while len(under_way) > but:
@@ -410,10 +414,11 @@ def run_job(args, world: World, setup: Setup, job: Job, report: Callable[[str], 
                 tuning.plan(steps)
             if not _train(tuning, features, stop):
                 return
-            results[seed] = job.finish(tuning)
-            if results[seed]:
-                report(f"{job.name}, seed {seed}: " + ", ".join(f"{k} {v:.4f}" for k, v in results[seed].items()))
-        if args.do_eval and world.is_main:
+            scores = job.finish(tuning)
+            if scores:
+                report(f"{job.name}, seed {seed}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            results[seed] = scores or tuning.training_metrics()
+        if world.is_main:
             _write_results(args, {"task": job.name} | over_seeds(results))
         lock.release()
 
@@ -443,7 +448,9 @@ def over_seeds(results: dict[int, dict[str, float]]) -> dict:
 
 
 def _write_results(args, results: dict) -> None:
-    write_atomic(Path(args.output_dir) / "eval_results.json", json.dumps(results, indent=2) + "\n")
+    """What there is: scores are results of the task, and a training's loss alone is none."""
+    if args.do_eval:
+        write_atomic(Path(args.output_dir) / "eval_results.json", json.dumps(results, indent=2) + "\n")
     if args.json_summary is not None:
         Path(args.json_summary).parent.mkdir(parents=True, exist_ok=True)
         summary = open_json_lines(Path(args.json_summary))
