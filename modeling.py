@@ -14,7 +14,7 @@ The encoder takes sequences in two forms: padded to one length, [B, S, H] with a
 """
 
 import importlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +87,25 @@ class BertConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the word embeddings and of the decoder: vocab_size rounded up to a multiple of 8."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def fits_vocabulary(self, entries: int) -> bool:
+        """Whether the model is one for a vocabulary of so many entries; its vocab_size may be padded already."""
+        return self.vocab_size in (entries, replace(self, vocab_size=entries).padded_vocab_size)
+
+    def check_vocabulary(self, path: str | Path, entries: int) -> None:
+        """Refuse a vocabulary file of another model, by the number of its entries.
+
+        One that the configuration names itself, as a Hugging Face folder's own, may have fewer: so it was trained.
+
+        Raises:
+            UsageError: it has more entries than the model has embeddings, or too few.
+        """
+        own = self.vocab_file is not None and Path(self.vocab_file).resolve() == Path(path).resolve()
+        if not self.fits_vocabulary(entries) and (entries > self.vocab_size or not own):
+            raise UsageError(
+                f"--vocab_file {path}: holds {entries} entries; the model's vocab_size is {self.vocab_size}, "
+                "so it must be the vocabulary that the model was trained with"
+            )
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "model config") -> "BertConfig":

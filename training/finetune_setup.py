@@ -139,7 +139,7 @@ def read_setup(args) -> Setup:
     """Read the checkpoint and settle sizes, sparsity and vocabulary with the flags.
 
     Raises:
-        UsageError: for contradictions, and when there is no vocabulary or one that the model has no embeddings for.
+        UsageError: for contradictions, and when there is no vocabulary or one of another size than the model's.
     """
     source = read_source(args.init_checkpoint)
     config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file)
@@ -158,11 +158,7 @@ def read_setup(args) -> Setup:
     lowercase = args.do_lower_case if "do_lower_case" in args.given else config.lowercase
     vocab_file = _find_vocabulary(args, source, config)
     tokenizer = load_tokenizer(vocab_file, lowercase)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UsageError(
-            f"--vocab_file {vocab_file}: holds {tokenizer.get_vocab_size()} entries, but the model knows "
-            f"{config.vocab_size}; it must be the vocabulary that the model was trained with"
-        )
+    source.config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())
     return Setup(source, config, sparsity, tokenizer)
 
 

@@ -102,7 +102,7 @@ def save_hf_folder(
     Hugging Face class that has its heads.
 
     Raises UsageError, before anything is written, for tensors that are not such a model's and for a vocabulary file
-    that load_tokenizer refuses or that has more entries than config.vocab_size; and for a folder that is not writable.
+    that load_tokenizer refuses or that has not as many entries as the model; and for a folder that is not writable.
     """
     folder = Path(path)
     tokenizer_files = {} if vocab_file is None else _tokenizer_files(config, Path(vocab_file))
@@ -247,9 +247,7 @@ def _hf_config(config: BertConfig, state_dict: dict[str, Tensor]) -> dict:
 def _tokenizer_files(config: BertConfig, vocab_file: Path) -> dict[str, str]:
     """Names and contents of the files from which AutoTokenizer makes the tokenizer that encoded the data."""
     tokenizer = load_tokenizer(vocab_file, config.lowercase, config.tokenizer)
-    entries = tokenizer.get_vocab_size()
-    if entries > config.vocab_size:
-        raise UsageError(f"{vocab_file}: holds {entries} entries; the model's vocab_size is {config.vocab_size}")
+    config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())
     # A BPE file that we built lacks what load_tokenizer adds, the [CLS] and [SEP] around sequences.
     content = vocab_file.read_text(encoding="utf-8") if config.tokenizer == "wordpiece" else tokenizer.to_str()
     tokenizer_config = {
