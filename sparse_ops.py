@@ -416,7 +416,8 @@ def sparsify(
         The full names of the replaced layers.
 
     Raises:
-        UsageError: when M does not divide both dimensions of a layer, or `sparsity_increment` does not fit the model.
+        UsageError: when M does not divide both dimensions of a layer, `sparsity_increment` does not fit the model, or
+            nothing is left to prune.
     """
     if not config.sparse:
         return []
@@ -433,6 +434,11 @@ def sparsify(
             layer = _pruned_layer(linear, full_name, config, m, seed, mask_init, with_operands)
             setattr(parent, child_name, layer)
             replaced.append(full_name)
+    if not replaced:
+        raise UsageError(
+            f"--pruned_matrix {config.pruned_matrix}: no layer of the model's {len(blocks)} blocks is left to prune; "
+            "leave out some of --skip_first_block, --skip_last_block and --skip_attention"
+        )
     return replaced
 
 
@@ -472,6 +478,21 @@ def add_adapters(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
         layer.add_adapters(rank, seeded_generator(seed, f"adapter/{name}"))
         new += [layer.lora_left, layer.lora_right]
     return new
+
+
+def check_adapter_rank(model: nn.Module, rank: int) -> None:
+    """Whether adapters of `rank` would be of a lower rank than each layer that they are to join.
+
+    Raises:
+        UsageError: naming the layer that is too small.
+    """
+    for name, layer in named_layers(model, AdaptedLinear):
+        smaller = min(layer.in_features, layer.out_features)
+        if rank >= smaller:
+            raise UsageError(
+                f"--lora_rank {rank}: must be below {smaller}, the smaller side of {name} "
+                f"({layer.out_features} x {layer.in_features})"
+            )
 
 
 def named_layers(model: nn.Module, kind: type = SparseLinear) -> list[tuple[str, nn.Module]]:

@@ -207,6 +207,23 @@ def test_a_dimension_that_m_does_not_divide(files, tmp_path):
     refused([*flags, "--sparsity_increment", "1"], tmp_path / "out", "--sparsity_increment", "multiples of 8")
 
 
+def test_flags_that_leave_no_layer_to_prune(files, tmp_path):
+    output, skipped = tmp_path / "out", {"skip_first_block": True, "skip_last_block": True}
+    for matrix in ("static-weight", "dynamic-weight"):
+        said = f"--pruned_matrix {matrix}", "2 blocks", "--skip_first_block", "--skip_last_block"
+        refused(files.flags(output, pruned_matrix=matrix, add_lora="False", **skipped), output, *said)
+    run(files.flags(output, pruned_matrix="none", add_lora="False", max_steps=1, **skipped))  # without effect
+
+
+def test_adapters_as_large_as_the_layer(files, tmp_path):
+    output = tmp_path / "out"
+    for word, rank in (("lazy", 16), ("True", 64)):
+        said = f"--lora_rank {rank}", "must be below 16", "bert.encoder.layer.0.", "(16 x 16)"
+        refused(files.flags(output, add_lora=word, lora_rank=rank), output, *said)
+    run(files.flags(output, add_lora="True", lora_rank=15, max_steps=1))
+    run(files.flags(tmp_path / "without", add_lora="False", lora_rank=64, max_steps=1))
+
+
 # -------------------------------------------------------------------------------------------------------------- shards
 def no_folder(files: TrainingFiles, folder: Path) -> None:
     folder.rmdir()

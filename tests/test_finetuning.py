@@ -184,6 +184,20 @@ def test_adapters_join_a_dense_model_that_is_pruned(folder, data, tmp_path):
     assert saved["model"][f"{QUERY}.lora_right"].abs().max() > 0  # it begins at 0, and is trained
 
 
+def test_pruning_nothing_and_adapters_as_large_as_a_layer(folder, slope, data, tmp_path):
+    for door in DOORS:
+        sparse = {"pruned_matrix": "static-weight"}
+        changes = sparse | {"skip_first_block": "True", "skip_last_block": "True"}
+        line = runs.refused(door, flags(door, folder, data, tmp_path / "out", **changes))
+        assert "--pruned_matrix static-weight: no layer" in line
+        for rank in (32, 64):
+            changes = sparse | {"add_lora": "True", "lora_rank": rank}
+            line = runs.refused(door, flags(door, folder, data, tmp_path / "out", **changes))
+            assert f"--lora_rank {rank}: must be below 32" in line
+    assert not (tmp_path / "out").exists()
+    runs.run("run_glue", flags("run_glue", folder, data, tmp_path / "off", **sparse, add_lora="False", lora_rank=64))
+
+
 def test_adapters_join_a_sparse_checkpoint_without(folder, data, tmp_path):
     source = runs.pretrain(tmp_path, folder / "vocab.txt", add_lora="False")
     assert read_source(str(source)).sparsity.lora_rank == 0

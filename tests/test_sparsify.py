@@ -232,6 +232,13 @@ def test_unstructured_masks_need_no_multiples():
     assert block[0].values.numel() == 14
 
 
+def test_something_must_be_left_to_prune():
+    config = dataclasses.replace(SLOPE, skip_first_block=True, skip_last_block=True)
+    blocks = [("block", nn.Sequential(nn.Linear(8, 8)))]
+    with pytest.raises(UsageError, match="--pruned_matrix static-weight: no layer of the model's 1 blocks"):
+        sparsify(nn.ModuleDict(dict(blocks)), config, blocks)
+
+
 def test_sparsity_increment_must_fit_the_model():
     with pytest.raises(UsageError, match="--sparsity_increment 3.*3 blocks"):
         pruned("toy", dataclasses.replace(SLOPE, sparsity_increment=(3,)))

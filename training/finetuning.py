@@ -20,6 +20,7 @@ from data.packing import pack_examples
 from data.stages import write_atomic
 from modeling import Packing
 from optimization import learning_rate
+from sparse_ops import check_adapter_rank
 from training.assembly import build_model
 from training.checkpoint import (
     checkpoint_path,
@@ -93,7 +94,8 @@ class FineTuning:
         directory: of this run's checkpoints and logs.
 
     Raises:
-        UsageError: when the checkpoint does not fit the model, or lacks the task head that nothing would train.
+        UsageError: when the checkpoint, or adapters that are new, do not fit the model; or when it lacks the task
+            head that nothing would train.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class FineTuning:
             report=self.notes.append,
             with_operands=False,
         )
+        if not setup.source.sparsity.lora_rank:  # else they are there already, whatever their rank
+            check_adapter_rank(model, setup.sparsity.lora_rank)
         if self.notes and not args.do_train:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
         if args.compile and not self.on_gpu:

@@ -14,7 +14,7 @@ from data.packing import fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
 from modeling import BertConfig, Packing, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
-from sparse_ops import AdaptedLinear, named_layers, sparsity_report
+from sparse_ops import AdaptedLinear, check_adapter_rank, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint
 from training.distributed import StopSignal, World, agree, sum_over_ranks
 from training.engine import STEPS_AHEAD, OnItsWay, engine_for, seed_dropout
@@ -79,9 +79,11 @@ class PretrainingRun:
         if heldout is not None:
             heldout_mask = resolve_mask_token_id(heldout, config.vocab_file, heldout.files[0].parent)
             self.heldout_masking = self.masking | {"mask_token_id": heldout_mask, "seed": HELDOUT_SEED}
+        self.adapter_step = adapter_step(args, start, bool(sparsity.lora_rank))
+        if self.adapter_step is not None:
+            check_adapter_rank(model, args.lora_rank)
         both = [part.sequence_length for part in (shards, heldout) if part is not None]
         self.build_engine(model, shards.sequence_length, max(both))
-        self.adapter_step = adapter_step(args, start, bool(sparsity.lora_rank))
         self.step, self.samples, self.loss_total = start.step, 0, 0.0
         self.saved_step = None if start.checkpoint is None else start.step
         if start.checkpoint is not None:
