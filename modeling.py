@@ -123,9 +123,9 @@ class BertConfig:
             raise UsageError(f"{source}: {error}") from error
 
     @classmethod
-    def from_json_file(cls, path: str | Path) -> "BertConfig":
-        """Raise UsageError, starting with `path`, where it is no JSON object or from_dict refuses it."""
-        return cls.from_dict(read_json(path), source=str(path))
+    def from_json_file(cls, path: str | Path, flag: str | None = None) -> "BertConfig":
+        """Raise UsageError, starting with `flag` and `path`, where it is no JSON object or from_dict refuses it."""
+        return cls.from_dict(read_json(path, flag), source=f"{path}" if flag is None else f"{flag} {path}")
 
     def to_dict(self) -> dict:
         return asdict(self)

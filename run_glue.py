@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.features import encode
-from data.glue import Example, Task, decide, find_file, get_task, labels_array, read_examples, score, write_predictions
+from data.glue import (
+    TASKS,
+    Example,
+    Task,
+    decide,
+    find_file,
+    get_task,
+    labels_array,
+    read_examples,
+    score,
+    write_predictions,
+)
 from modeling import BertForSequenceClassification
 from training.distributed import World, reporter, this_process
 from training.errors import UsageError
@@ -26,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(description=__doc__.split("\n")[0])
     task = parser.add_argument_group("task")
     task.add_argument(
-        "--task_name", metavar="TASK", help="a GLUE task: cola, sst-2, mrpc, sts-b, qqp, mnli, qnli, rte, wnli"
+        "--task_name", metavar="TASK", help=f"a task of GLUE, or of the shape of one: {', '.join(TASKS).lower()}"
     )
     task.add_argument("--data_dir", metavar="DIR", help="the task's folder of TSV files, as GLUE's zip holds it")
     add_finetuning_flags(parser, max_seq_length=128, epochs=3.0, batch_size=32, lr=5e-5)

@@ -36,7 +36,13 @@ from training.flags import (
 from training.logs import Logger
 from training.phases import Start, check_same_start, find_start
 from training.pretraining import CHECKPOINTS, METRICS, PretrainingRun
-from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
+from training.sparsity import (
+    SparsityConfig,
+    add_sparsity_flags,
+    check_adapter_flags,
+    check_backend_flag,
+    sparsity_from_flags,
+)
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -126,6 +132,8 @@ def parse_arguments(argv: list[str] | None = None):
     for name in ("input_dir", "output_dir", "model_config_file"):
         if not getattr(args, name):
             raise UsageError(f"--{name}: must be given, here or in --config_file")
+    if args.eval_dir is not None and Path(args.eval_dir).resolve() == Path(args.input_dir).resolve():
+        raise UsageError(f"--eval_dir {args.eval_dir}: is --input_dir, too; held-out shards must be others")
     if not args.log_prefix or "/" in args.log_prefix:
         raise UsageError(f"--log_prefix {args.log_prefix}: must be a name without directories")
     settle_precision(args)
@@ -138,7 +146,7 @@ def main() -> None:
     report = reporter(world)
 
     # Everything that can be wrong is found here, on every rank, before anything is started or written.
-    config = BertConfig.from_json_file(args.model_config_file)
+    config = BertConfig.from_json_file(args.model_config_file, "--model_config_file")
     shards, heldout = open_shards(args, config)
     start = find_start(args, Path(args.output_dir) / CHECKPOINTS, report)
     if start.finished:
@@ -212,6 +220,7 @@ def settle_sparsity(args, start: Start) -> SparsityConfig:
     decided = saved is not None and (saved.sparse or start.within_phase)
     sparsity = sparsity_from_flags(args, saved if decided else None)
     check_adapter_flags(args, sparsity)
+    check_backend_flag(args, sparsity)
     return sparsity
 
 

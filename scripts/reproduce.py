@@ -105,8 +105,9 @@ def _chosen(text: str, known: dict, flag: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- the stages
 def make_plan(args, sequences: int, sequence_length: int = 128) -> Plan:
     """The commands for a corpus of so many sequences, in all passes over it together."""
-    model = read_json(args.model_config_file, "--model_config_file")
-    BertConfig.from_json_file(args.model_config_file)  # a mistake in it is found before anything is made
+    flag = "--model_config_file"
+    model = read_json(args.model_config_file, flag)
+    BertConfig.from_json_file(args.model_config_file, flag)  # a mistake in it is found before anything is made
     training = {name: getattr(args, name) for name in TELLING}
     settings = Settings(**training, model=model, sequences=sequences, sequence_length=sequence_length)
     return Plan(settings, args.output_dir, args.data_dir, Path(args.model_config_file).resolve(), args.nproc)

@@ -179,6 +179,9 @@ def test_a_checkpoint_without_the_models_weights(files, half_way, tmp_path):
     refused(flags, output, "--init_checkpoint", str(wrong), "not a checkpoint of this suite")
     wrong.write_bytes(source.read_bytes()[:-1000])
     refused(flags, output, "--init_checkpoint", str(wrong), "damaged")
+    wrong.write_text("Once upon a time\n")
+    line = refused(flags, output, f"--init_checkpoint {wrong}: not a checkpoint of this suite")
+    assert "damaged" not in line
     wrong.unlink()
     refused(flags, output, "--init_checkpoint", str(wrong), "no such file")
 
@@ -187,7 +190,7 @@ def test_a_hugging_face_folder_that_is_none(files, tmp_path):
     folder, output = tmp_path / "hf", tmp_path / "out"
     folder.mkdir()
     flags = files.flags(output, init_checkpoint=folder)
-    refused(flags, output, str(folder), "config.json")
+    refused(flags, output, f"--init_checkpoint {folder}: no config.json")
     from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_dict(MODEL)
@@ -196,7 +199,7 @@ def test_a_hugging_face_folder_that_is_none(files, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     refused(flags, output, str(weights))
     weights.unlink()
-    refused(flags, output, str(folder), "no weights")
+    refused(flags, output, f"--init_checkpoint {folder}: no weights")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(files, half_way, tmp_path):

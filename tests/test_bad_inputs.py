@@ -115,6 +115,27 @@ def test_a_flag_without_its_value_or_shortened(files, tmp_path):
     refused([*flags, "nonsense"], tmp_path / "out", "nonsense")
 
 
+def test_a_stray_word_behind_a_switch(files, tmp_path):
+    """Which takes it for its own."""
+    words = [*files.flags(tmp_path / "out", disable_progress_bar=None), "--disable_progress_bar", "stray"]
+    refused(words, tmp_path / "out", "--disable_progress_bar: takes True or False or no word at all, not stray")
+
+
+def test_kernels_by_name_without_what_they_run(files, tmp_path):
+    output = tmp_path / "out"
+    for backend, matrix in (("cutlass", "none"), ("cusparselt", "dynamic-weight")):
+        flags = files.flags(output, sparse_backend=backend, pruned_matrix=matrix, add_lora="False")
+        refused(flags, output, f"--sparse_backend {backend}: needs --pruned_matrix static-weight, not {matrix}")
+
+
+def test_held_out_shards_that_are_the_training_s(files, tmp_path):
+    (tmp_path / "link").symlink_to(files.train)
+    for folder in (files.train, f"{files.train}/", tmp_path / "link"):
+        refused(
+            files.flags(tmp_path / "out", eval_dir=folder), tmp_path / "out", f"--eval_dir {folder}: is --input_dir"
+        )
+
+
 def test_a_value_with_a_line_break_is_still_one_line(files, tmp_path):
     refused(files.flags(tmp_path / "out", input_dir="no\nsuch"), tmp_path / "out", "--input_dir no such")
 
@@ -195,7 +216,9 @@ def test_a_model_configuration_that_lacks_a_size_or_is_none(files, tmp_path):
         model.write_text(json.dumps({name: value for name, value in MODEL.items() if name != key}))
         refused(flags, output, str(model), key)
     model.write_text("{")
-    refused(flags, output, str(model), "is not JSON")
+    refused(flags, output, f"--model_config_file {model}: is not JSON")
+    write_model(model, hidden_size=0)
+    refused(flags, output, f"--model_config_file {model}: hidden_size is 0")
 
 
 def test_a_dimension_that_m_does_not_divide(files, tmp_path):

@@ -10,6 +10,9 @@ from argparse import ArgumentTypeError
 import pytest
 from pretraining_runs import ROOT
 
+import run_glue
+import run_squad
+from data.glue import TASKS
 from run_pretraining import parse_arguments
 from training.errors import UsageError
 from training.flags import boolean, real, run_door, whole
@@ -65,6 +68,19 @@ def test_a_switch_stands_alone_or_with_a_word(words, value):
 
 
 # ------------------------------------------------------------------------------------------------------------ defaults
+def test_the_help_names_every_task_and_no_default_that_there_is_not(capsys):
+    for door in (run_glue, run_squad):
+        with pytest.raises(SystemExit):
+            door.parse_arguments(["--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        assert "(default: )" not in words
+        lower = words.partition("--do_lower_case [True|False] ")[2].partition(" --")[0]
+        assert lower == "lower-case the text; when not given, as the model's configuration says"
+        if door is run_glue:
+            listed = words.rpartition("--task_name TASK ")[2].partition(" --")[0].replace(" ", "")  # lines break at "-"
+            assert listed.endswith(":" + ",".join(TASKS).lower())
+
+
 def test_defaults_are_the_published_ones_and_the_help_shows_every_one():
     args = vars(parse_arguments(GIVEN))
     assert {name: args[name] for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS

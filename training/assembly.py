@@ -41,7 +41,10 @@ def read_source(address: str, flag: str = "--init_checkpoint") -> Source:
     """
     path = local_copy(address)
     if path.is_dir():
-        config, state = load_hf_folder(path)
+        try:
+            config, state = load_hf_folder(path)
+        except UsageError as error:  # which names the file in it
+            raise UsageError(f"{flag} {error}") from error
         return Source(path, state, config, SparsityConfig())
     return source_of(load_checkpoint(path, flag), path)
 

@@ -14,6 +14,7 @@ from training.errors import UsageError
 FORMAT_VERSION = 1
 PARTS = ("model", "model_config", "sparsity")  # what every checkpoint holds
 _NAME = re.compile(r"ckpt_(\d+)\.pt")
+_MAGIC = b"PK\x03\x04"  # what an archive begins with
 _CHUNK = 2**24  # bytes read at a time
 _FOLDER = 0x10  # attribute of an archive's member; torch reads nothing from such a one, and returns what memory held
 
@@ -51,6 +52,8 @@ def load_checkpoint(path: str | Path, flag: str = "--init_checkpoint") -> dict:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{flag} {path}: no such file")
+    if not _begins_as_archive(path):
+        raise UsageError(f"{flag} {path}: not a checkpoint of this suite (no archive, as torch.save writes)")
     problem = damage(path)
     if problem:
         raise UsageError(f"{flag} {path}: damaged ({problem})")
@@ -69,6 +72,15 @@ def load_checkpoint(path: str | Path, flag: str = "--init_checkpoint") -> dict:
         if part not in state:
             raise UsageError(f"{flag} {path}: not a checkpoint of this suite (it has no {part})")
     return state
+
+
+def _begins_as_archive(path: Path) -> bool:
+    """Also true of a file that was cut off within its first bytes, or cannot be read: `damage` says so."""
+    try:
+        with path.open("rb") as file:
+            return _MAGIC.startswith(file.read(len(_MAGIC)))
+    except OSError:
+        return True
 
 
 def damage(path: Path) -> str | None:

@@ -23,7 +23,13 @@ from training.flags import (
     settle_precision,
     whole,
 )
-from training.sparsity import SparsityConfig, add_sparsity_flags, check_adapter_flags, sparsity_from_flags
+from training.sparsity import (
+    SparsityConfig,
+    add_sparsity_flags,
+    check_adapter_flags,
+    check_backend_flag,
+    sparsity_from_flags,
+)
 
 
 def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size: int, lr: float) -> None:
@@ -42,7 +48,8 @@ def add_finetuning_flags(parser, max_seq_length: int, epochs: float, batch_size:
         "--vocab_file", metavar="FILE", help="the vocabulary, one token a line; a Hugging Face folder has its own"
     )
     model.add_argument("--tokenizer", choices=("wordpiece", "bpe"), help="kind of vocabulary; by default the model's")
-    add_switch(model, "--do_lower_case", "lower-case the text; when not given, as the model's configuration says")
+    lower = "lower-case the text; when not given, as the model's configuration says"
+    add_switch(model, "--do_lower_case", lower, default=None)
     model.add_argument("--output_dir", metavar="DIR", help="folder for results, checkpoints and logs")
     model.add_argument(
         "--cache_dir", metavar="DIR", help="where encoded examples are kept; by default below --output_dir"
@@ -142,9 +149,10 @@ def read_setup(args) -> Setup:
         UsageError: for contradictions, and when there is no vocabulary or one of another size than the model's.
     """
     source = read_source(args.init_checkpoint)
-    config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file)
+    config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file, "--config_file")
     sparsity = sparsity_from_flags(args, source.sparsity if source.sparsity.sparse else None)
     check_adapter_flags(args, sparsity)
+    check_backend_flag(args, sparsity)
     if args.add_lora == "True" and not sparsity.lora_rank:
         sparsity = replace(sparsity, lora_rank=args.lora_rank)
     if args.max_seq_length > config.max_position_embeddings:
@@ -155,7 +163,7 @@ def read_setup(args) -> Setup:
         raise UsageError(
             f"--tokenizer {args.tokenizer or config.tokenizer}: fine-tuning reads wordpiece vocabularies only"
         )
-    lowercase = args.do_lower_case if "do_lower_case" in args.given else config.lowercase
+    lowercase = config.lowercase if args.do_lower_case is None else args.do_lower_case
     vocab_file = _find_vocabulary(args, source, config)
     tokenizer = load_tokenizer(vocab_file, lowercase)
     source.config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())

@@ -26,7 +26,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=118)
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
         return "N"
@@ -108,10 +108,18 @@ def _number(word: str) -> float:
     return number
 
 
-def add_switch(group, name: str, help: str, aliases: tuple[str, ...] = ()) -> None:
+def _switch_word(word: str | bool) -> bool:
+    """`boolean` for a switch, which takes any word behind it for its own, also one that stands there by mistake."""
+    try:
+        return boolean(word)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"takes True or False or no word at all, not {word}") from error
+
+
+def add_switch(group, name: str, help: str, aliases: tuple[str, ...] = (), default: bool | None = False) -> None:
     """A flag that may stand alone (`--fp16`) or with a word (`--fp16 False`)."""
     group.add_argument(
-        name, *aliases, nargs="?", const=True, default=False, type=boolean, metavar="True|False", help=help
+        name, *aliases, nargs="?", const=True, default=default, type=_switch_word, metavar="True|False", help=help
     )
 
 

@@ -155,7 +155,7 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
     )
     group.add_argument(
         "--sparsity_increment",
-        default="",
+        default="",  # which the help does not show
         metavar="BLOCKS",
         help="block numbers at which M of 2:M doubles, from 4 on; a closing -1 returns the rest to 2:4. -1: all 2:4; "
         "0,12,-1: 2:8 in the first 12 blocks, then 2:4; 12: 2:4 in the first 12 blocks, then 2:8",
@@ -234,6 +234,18 @@ def check_adapter_flags(args, sparsity: SparsityConfig) -> None:
         )
     if "lora_rank" in args.given and args.lora_rank != sparsity.lora_rank:
         raise UsageError(f"--lora_rank {args.lora_rank} contradicts the checkpoint, which has {sparsity.lora_rank}")
+
+
+def check_backend_flag(args, sparsity: SparsityConfig) -> None:
+    """Refuse kernels by name where there is nothing that they could run.
+
+    Raises:
+        UsageError: nothing is pruned by static-weight.
+    """
+    if args.sparse_backend in ("cutlass", "cusparselt") and sparsity.pruned_matrix != "static-weight":
+        raise UsageError(
+            f"--sparse_backend {args.sparse_backend}: needs --pruned_matrix static-weight, not {sparsity.pruned_matrix}"
+        )
 
 
 def _contradictable(asked: SparsityConfig, saved: SparsityConfig, given: Collection[str]) -> list[str]:
