@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.squad import Example, read_squad
 from data.squad_answers import Predictions, best_null_thresholds, evaluate, predict_answers, write_predictions
-from data.squad_windows import Features, load_squad
+from data.squad_windows import SPECIAL_TOKENS_OF_A_WINDOW, Features, load_squad
 from modeling import BertForQuestionAnswering
 from training.distributed import World, reporter, this_process
 from training.errors import UsageError
@@ -49,6 +49,17 @@ def parse_arguments(argv: list[str] | None = None):
         if needed and getattr(args, name) is None:
             raise UsageError(f"--{name}: must be given")
     settle_finetuning_flags(args)
+    most = args.max_seq_length - SPECIAL_TOKENS_OF_A_WINDOW - 1  # beside a question of one token
+    if args.doc_stride > most:
+        raise UsageError(
+            f"--doc_stride {args.doc_stride}: a window of --max_seq_length {args.max_seq_length} holds {most} tokens "
+            "of the context at most, so it must not be larger than that"
+        )
+    if args.null_score_diff_threshold != 0 and not args.version_2_with_negative:
+        raise UsageError(
+            f"--null_score_diff_threshold {args.null_score_diff_threshold:g}: only with --version_2_with_negative may "
+            "a question have no answer; give that, too, or leave this out"
+        )
     return args
 
 

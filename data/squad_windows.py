@@ -26,7 +26,7 @@ from training.errors import UsageError
 CACHE_VERSION = 1
 """To be raised with every change of what `encode` makes of the same input."""
 
-_SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
+SPECIAL_TOKENS_OF_A_WINDOW = 3  # [CLS] and two [SEP]
 _TEXTS_AT_ONCE = 1000
 
 
@@ -138,7 +138,7 @@ def encode(
 
     query_lengths = np.minimum(questions.lengths, max_query_length)
     context_lengths = contexts.lengths[context_of]
-    room = max_seq_length - _SPECIAL_TOKENS - query_lengths
+    room = max_seq_length - SPECIAL_TOKENS_OF_A_WINDOW - query_lengths
     _check_room(examples, room, context_lengths, max_seq_length)
     rows, begins = _cut(context_lengths, room, np.minimum(room, doc_stride))
     sizes = np.minimum(room[rows], context_lengths[rows] - begins)
@@ -153,7 +153,7 @@ def encode(
     holds_answer = (begins <= first) & (first <= last) & (last < begins + sizes)
     arrays = {
         "input_ids": _assemble(special_ids(tokenizer), question_part, context_part),
-        "lengths": query_lengths + sizes + _SPECIAL_TOKENS,
+        "lengths": query_lengths + sizes + SPECIAL_TOKENS_OF_A_WINDOW,
         "examples": rows,
         "context_begins": begins + in_window,
         "own_begins": own_begins + in_window,
@@ -178,7 +178,7 @@ def _check_room(
 
 def _assemble(ids: SpecialIds, question: _Part, context: _Part) -> np.ndarray:
     """The tokens of all windows, one window after another."""
-    lengths = question.sizes + context.sizes + _SPECIAL_TOKENS
+    lengths = question.sizes + context.sizes + SPECIAL_TOKENS_OF_A_WINDOW
     row_begins = np.cumsum(lengths) - lengths
     input_ids = np.full(lengths.sum(), ids.sep, np.int32)
     input_ids[row_begins] = ids.cls

@@ -202,6 +202,9 @@ def test_wrong_inputs_are_one_line_and_write_nothing(folder, data, tmp_path, who
         ({"do_train": None}, ["--do_train", "qa_outputs"]),
         ({"do_train": None, "do_predict": None, "do_eval": None}, ["--do_train"]),
         ({"max_seq_length": LENGTH + 1}, ["--max_seq_length 33"]),
+        ({"doc_stride": LENGTH - 3}, ["--doc_stride 29", "--max_seq_length 32 holds 28 tokens"]),
+        ({"null_score_diff_threshold": 5}, ["--null_score_diff_threshold 5", "--version_2_with_negative"]),
+        ({"sparse_backend": "cutlass"}, ["--sparse_backend cutlass: needs --pruned_matrix static-weight, not none"]),
         ({"pruned_matrix": "static-wait"}, ["--pruned_matrix static-wait", "static-weight"]),
     ]
     for changes, said in cases:
@@ -213,6 +216,11 @@ def test_wrong_inputs_are_one_line_and_write_nothing(folder, data, tmp_path, who
     vocabulary = {"vocab_file": folder / "vocab.txt"}
     assert "hidden_size 32" in runs.refused(SQUAD, squad(checkpoint, data, output, config_file=sizes, **vocabulary))
     assert not output.exists()
+
+
+def test_the_largest_stride_and_a_threshold_of_zero_are_taken(folder, data, tmp_path):
+    flags = {"doc_stride": LENGTH - 4, "null_score_diff_threshold": 0.0, "max_steps": 1}
+    runs.run(SQUAD, squad(folder, data, tmp_path, **flags))
 
 
 def test_a_question_must_leave_room_for_its_context(folder, data, tmp_path):
