@@ -195,8 +195,11 @@ def get_task(name: str, source: str = "--task_name") -> Task:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def find_file(task: Task, data_dir: str | Path, split: str) -> tuple[Path, Layout]:
+def find_file(task: Task, data_dir: str | Path, split: str, flag: str = "--data_dir") -> tuple[Path, Layout]:
     """The file that holds `split` ("train", one of `dev_splits`, or a key of `submissions`), and its layout.
+
+    Args:
+        flag: what the folder was named by.
 
     Raises:
         UsageError: `data_dir` holds it in none of the task's layouts.
@@ -211,7 +214,7 @@ def find_file(task: Task, data_dir: str | Path, split: str) -> tuple[Path, Layou
     inside = Path(data_dir) / task.name
     hint = f"; {inside} holds it" if _find_file(task, inside, split) else ""
     raise UsageError(
-        f"--data_dir {data_dir}: must be the folder of {task.name} and hold {', or '.join(ways)} "
+        f"{flag} {data_dir}: must be the folder of {task.name} and hold {', or '.join(ways)} "
         f"for its {split} split{hint}"
     )
 

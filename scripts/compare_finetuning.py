@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from run_processes import ROOT, Command, Job, Planned, Processes, StopRequestedError, gpu_places
 
+from data.glue import find_file, get_task
 from training.errors import UsageError
 from training.flags import Parser, parse_seeds, run_door, whole
 
@@ -41,6 +42,7 @@ SQUAD_SETTINGS = [
     "--doc_stride",
     "128",
 ]
+SQUAD_FILES = ("train-v1.1.json", "dev-v1.1.json")
 TASKS = {
     "STS-B": ([*GLUE_SETTINGS, "--num_train_epochs", "4"], ("pearson", "spearman"), 100),
     "SST-2-shaped": ([*GLUE_SETTINGS, "--num_train_epochs", "3"], ("accuracy",), 100),
@@ -81,9 +83,9 @@ class Run:
         if self.task == "SQuAD":
             files = [
                 "--train_file",
-                f"{args.squad_dir}/train-v1.1.json",
+                f"{args.squad_dir}/{SQUAD_FILES[0]}",
                 "--predict_file",
-                f"{args.squad_dir}/dev-v1.1.json",
+                f"{args.squad_dir}/{SQUAD_FILES[1]}",
             ]
             return [sys.executable, str(ROOT / "run_squad.py"), *files, "--do_predict", *settings]
         return [
@@ -122,6 +124,24 @@ def table(runs: list[Run], tasks: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_files(args) -> None:
+    """What the runs will read is there.
+
+    Raises:
+        UsageError: naming the flag, before a folder or a log is made.
+    """
+    if not args.init_checkpoint.exists():
+        raise UsageError(f"--init_checkpoint {args.init_checkpoint}: no such file or folder")
+    for task in args.tasks:
+        if task == "SQuAD":
+            for name in SQUAD_FILES:
+                if not (args.squad_dir / name).is_file():
+                    raise UsageError(f"--squad_dir {args.squad_dir}: holds no {name}, which --tasks {task} reads")
+            continue
+        for split in ("train", *get_task(task).dev_splits):
+            find_file(get_task(task), args.glue_dir / task, split, "--glue_dir")
+
+
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -143,6 +163,7 @@ def main() -> None:
     for name in ("init_checkpoint", "glue_dir", "squad_dir", "output_dir"):  # runs start in the repository's folder
         setattr(args, name, Path(getattr(args, name)).resolve())
     seeds = parse_seeds(args.seeds, "--seeds")
+    check_files(args)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from finetuning_runs import write
 from pretraining_runs import ROOT
 
 from training.flags import run_door
@@ -17,6 +18,19 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import compare_finetuning  # noqa: E402  (scripts, found through the line above)
 import run_processes  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def inputs(tmp_path_factory, monkeypatch) -> Path:
+    """What the runs would read, empty, in the folder that flags and their defaults are looked up in."""
+    home = tmp_path_factory.mktemp("inputs")
+    for name in ("train.tsv", "dev.tsv"):
+        write(home / "data" / "glue" / "SST-2-shaped" / name, "")
+    for name in ("train-v1.1.json", "dev-v1.1.json"):
+        write(home / "data" / "squad" / name, "")
+    (home / "model").mkdir()
+    monkeypatch.chdir(home)
+    return home
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,30 @@ def test_a_stop_is_said_and_leaves_no_table(monkeypatch, tmp_path):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert not (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("model", "--init_checkpoint {home}/model: no such file or folder"),
+        (
+            "data/glue/SST-2-shaped/dev.tsv",
+            "--glue_dir {home}/data/glue/SST-2-shaped: must be the folder of SST-2-shaped",
+        ),
+        ("data/glue", "--glue_dir {home}/data/glue/SST-2-shaped: must be the folder of SST-2-shaped"),
+        ("data/squad/dev-v1.1.json", "--squad_dir {home}/data/squad: holds no dev-v1.1.json"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_written(missing, said, inputs, monkeypatch, capsys):
+    (inputs / missing).rename(inputs / "elsewhere")
+    words = ["--init_checkpoint", "model", "--output_dir", "out", "--tasks", "SST-2-shaped", "SQuAD"]
+    monkeypatch.setattr(sys, "argv", ["compare_finetuning.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_door(compare_finetuning.main)
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.count("\n") == 1
+    assert said.format(home=inputs.resolve()) in line
+    assert not (inputs / "out").exists()
 
 
 @pytest.mark.parametrize("seeds", ["0,0", "a,b", ""])
