@@ -14,7 +14,7 @@ The encoder takes sequences in two forms: padded to one length, [B, S, H] with a
 """
 
 import importlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +89,8 @@ class BertConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def fits_vocabulary(self, entries: int) -> bool:
-        """Whether the model is one for a vocabulary of so many entries; its vocab_size may be padded already."""
-        return self.vocab_size in (entries, replace(self, vocab_size=entries).padded_vocab_size)
+        """Whether the model is one for a vocabulary of so many entries, or of these padded as is usual."""
+        return any(self.vocab_size == -(-entries // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128))
 
     def check_vocabulary(self, path: str | Path, entries: int) -> None:
         """Refuse a vocabulary file of another model, by the number of its entries.

@@ -37,6 +37,19 @@ def check_folders(flag: str, *folders: Path) -> None:
             raise UsageError(f"{flag}: {there} may not be written: give a folder, or a path where one can be made")
 
 
+def check_file(flag: str, path: Path) -> None:
+    """Refuse what cannot become a file. Nothing is written.
+
+    Raises:
+        UsageError: it is a folder, may not be written, or lies where no folder can be made.
+    """
+    if path.is_dir():
+        raise UsageError(f"{flag}: {path} is a folder: give the name of a file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError(f"{flag}: {path} may not be written: give another file")
+    check_folders(flag, path.parent)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""

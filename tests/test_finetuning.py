@@ -259,15 +259,15 @@ def test_a_summary_that_could_not_be_written_is_found_before_the_first_step(door
     file = runs.write(tmp_path / "file", "kept")
     output = tmp_path / "out"
     for path, words in (
-        (tmp_path, "is a folder; give the name of a file"),
-        (file / "a" / "b.json", f"{file} is a file"),
+        (tmp_path, f"{tmp_path} is a folder: give the name of a file"),
+        (file / "a" / "b.json", f"{file} is no folder"),
     ):
         line = runs.refused(door, flags(door, folder, data, output, **{"json-summary": path}))
-        assert f"--json-summary {path}: " in line and words in line
+        assert f"--json-summary: {words}" in line
     line = runs.refused(door, flags(door, folder, data, file))
-    assert f"--output_dir {file}: " in line and "give a folder" in line
+    assert f"--output_dir: {file} is no folder: give a folder" in line
     line = runs.refused(door, flags(door, folder, data, output, cache_dir=file / "cache"))
-    assert f"--cache_dir {file}/cache: {file} is a file" in line
+    assert f"--cache_dir: {file} is no folder" in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from data.stages import check_file, check_folders
 from data.tokenization import load_tokenizer
 from modeling import BertConfig
 from optimization import DECAYS, OPTIMIZERS
@@ -16,8 +17,6 @@ from training.flags import (
     add_padding_flags,
     add_precision_flags,
     add_switch,
-    check_output_file,
-    check_output_folder,
     parse_seeds,
     real,
     settle_precision,
@@ -108,11 +107,11 @@ def settle_finetuning_flags(args) -> None:
     """Check what the flags say together; afterwards `args.precision` and `args.seed_list` hold the outcome."""
     if args.output_dir is None:
         raise UsageError("--output_dir: must be given")
-    check_output_folder("--output_dir", args.output_dir)
+    check_folders("--output_dir", Path(args.output_dir))
     if args.cache_dir is not None and not args.skip_cache:
-        check_output_folder("--cache_dir", args.cache_dir)
+        check_folders("--cache_dir", Path(args.cache_dir))
     if args.json_summary is not None:
-        check_output_file("--json-summary", args.json_summary)
+        check_file("--json-summary", Path(args.json_summary))
         if not (args.do_train or args.do_eval):
             raise UsageError("--json-summary: predictions alone measure nothing; add --do_eval, or leave it out")
     if args.loss_scale != 0:

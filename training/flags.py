@@ -197,38 +197,6 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, file_fl
     return args
 
 
-def check_output_file(flag: str, path: str | Path) -> None:
-    """Whether `path` can become a file; nothing is written yet.
-
-    Raises:
-        UsageError: it is a folder, lies below a file, or may not be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: is a folder; give the name of a file")
-    place = path if path.exists() else _nearest_existing(path.parent)
-    if place != path and not place.is_dir():
-        raise UsageError(f"{flag} {path}: {place} is a file, and no folder; give a path below folders")
-    if not os.access(place, os.W_OK):
-        raise UsageError(f"{flag} {path}: {place} may not be written to; give another path")
-
-
-def check_output_folder(flag: str, path: str | Path) -> None:
-    """Whether `path` is a folder or can become one; nothing is written yet.
-
-    Raises:
-        UsageError: it is a file, or lies below one.
-    """
-    place = _nearest_existing(Path(path))
-    if not place.is_dir():
-        raise UsageError(f"{flag} {path}: {place} is a file, and no folder; give a folder")
-
-
-def _nearest_existing(path: Path) -> Path:
-    """`path`, or the nearest folder (or file) above it that is there."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
 def read_json(path: str | Path, flag: str | None = None) -> dict:
     """The object in a JSON file.
 
