@@ -88,20 +88,15 @@ class BertConfig:
         """Rows of the word embeddings and of the decoder: vocab_size rounded up to a multiple of 8."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
-    def fits_vocabulary(self, entries: int) -> bool:
-        """Whether the model is one for a vocabulary of so many entries, or of these padded as is usual."""
-        return any(self.vocab_size == -(-entries // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128))
-
     def check_vocabulary(self, path: str | Path, entries: int) -> None:
-        """Refuse a vocabulary file of another model, by the number of its entries.
+        """Refuse a vocabulary file that the model has no embeddings for.
 
-        One that the configuration names itself, as a Hugging Face folder's own, may have fewer: so it was trained.
+        Fewer entries than embeddings are right where the model was padded, or a small corpus gave fewer than asked for.
 
         Raises:
-            UsageError: it has more entries than the model has embeddings, or too few.
+            UsageError: it has more entries than the model has embeddings.
         """
-        own = self.vocab_file is not None and Path(self.vocab_file).resolve() == Path(path).resolve()
-        if not self.fits_vocabulary(entries) and (entries > self.vocab_size or not own):
+        if entries > self.vocab_size:
             raise UsageError(
                 f"--vocab_file {path}: holds {entries} entries; the model's vocab_size is {self.vocab_size}, "
                 "so it must be the vocabulary that the model was trained with"

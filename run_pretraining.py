@@ -162,7 +162,6 @@ def main() -> None:
         report=report,
         with_operands=False,
     )
-    check_vocabularies(args, config, (shards, heldout))
     run = PretrainingRun(args, config, world, start, sparsity, model, shards, heldout)
     start = replace(start, source=None, checkpoint=None)  # as large as model and optimizer together
 
@@ -198,20 +197,6 @@ def open_shards(args, config: BertConfig) -> tuple[ShardSet, ShardSet | None]:
             )
         opened.append(shards)
     return opened[0], opened[1]
-
-
-def check_vocabularies(args, config: BertConfig, opened: tuple[ShardSet, ShardSet | None]) -> None:
-    """Refuse a model with embeddings for words that no shard can hold; shards of other tools do not say theirs.
-
-    Once the weights are known to fit the configuration: where that contradicts them, it is not the shards' fault.
-    """
-    for shards in opened:
-        if shards is None or shards.vocab_size is None or config.fits_vocabulary(shards.vocab_size):
-            continue
-        raise UsageError(
-            f"--model_config_file {args.model_config_file}: vocab_size is {config.vocab_size}, but {shards.flag} holds "
-            f"shards that were encoded with a vocabulary of {shards.vocab_size}; both must be of one vocabulary"
-        )
 
 
 def settle_sparsity(args, start: Start) -> SparsityConfig:

@@ -355,19 +355,6 @@ def test_single_sequences_for_a_model_with_next_sentence_prediction(files, tmp_p
     refused(files.flags(tmp_path / "out", input_dir=files.single), tmp_path / "out", "--input_dir", "next_sentence")
 
 
-def test_shards_of_another_vocabulary(files, tmp_path):
-    """Larger than theirs by more than padding, though every token of theirs has an embedding."""
-    output = tmp_path / "out"
-    model = write_model(tmp_path / "model.json", vocab_size=VOCAB_SIZE + 1)
-    said = f"vocab_size is {VOCAB_SIZE + 1}", "--input_dir", f"a vocabulary of {VOCAB_SIZE}"
-    refused(files.flags(output, model_config_file=model), output, f"--model_config_file {model}", *said)
-    write_shard(tmp_path / "other" / "shard.hdf5", vocab_size=VOCAB_SIZE - 10, length=LENGTH)
-    flags = files.flags(output, eval_dir=tmp_path / "other")
-    refused(flags, output, f"vocab_size is {VOCAB_SIZE}", "--eval_dir", f"a vocabulary of {VOCAB_SIZE - 10}")
-    padded = write_model(tmp_path / "model.json", vocab_size=64)
-    run(files.flags(output, model_config_file=padded, max_steps=1))
-
-
 def test_a_vocabulary_file_that_cannot_tell_the_mask_token(files, tmp_path):
     vocabulary, output = tmp_path / "vocab.txt", tmp_path / "out"
     model = write_model(tmp_path / "model.json", vocab_file=str(vocabulary))

@@ -103,14 +103,14 @@ def moved_away(state):
     state["arguments"]["input_dir"] = "/nowhere/phase1/train"
 
 
-def test_a_vocabulary_of_another_size_is_refused(pretrained, tmp_path, pytestconfig):
-    for name, entries in (("shorter.txt", VOCABULARY[:-1]), ("longer.txt", [*VOCABULARY, "more"])):
-        (tmp_path / name).write_text("\n".join(entries) + "\n")
-        words = ["--checkpoint", pretrained, "--output_dir", tmp_path / "exported", "--vocab_file", tmp_path / name]
-        run = run_script(pytestconfig.rootpath, "scripts/export_hf.py", *words, cwd=tmp_path)
-        said = f"--vocab_file {tmp_path / name}: holds {len(entries)} entries; the model's vocab_size is 51"
-        assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1
-        assert not (tmp_path / "exported").exists()
+def test_a_vocabulary_that_is_too_large_is_refused(pretrained, tmp_path, pytestconfig):
+    longer = tmp_path / "longer.txt"
+    longer.write_text("\n".join([*VOCABULARY, "more"]) + "\n")
+    words = ["--checkpoint", pretrained, "--output_dir", tmp_path / "exported", "--vocab_file", longer]
+    run = run_script(pytestconfig.rootpath, "scripts/export_hf.py", *words, cwd=tmp_path)
+    said = f"--vocab_file {longer}: holds {len(VOCABULARY) + 1} entries; the model's vocab_size is 51"
+    assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "exported").exists()
 
 
 @pytest.mark.parametrize(

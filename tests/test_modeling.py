@@ -314,31 +314,6 @@ def train_steps(model, steps, batch_size=4, length=16, **forward):
         optimizer.step()
 
 
-def test_a_vocabulary_has_as_many_entries_as_the_model_but_for_padding():
-    def refused(entries: int, vocab_size: int, vocab_file: str | None = None, path: str = "vocab.txt") -> bool:
-        config = BertConfig(vocab_size, 16, 2, 2, 32, vocab_file=vocab_file)
-        try:
-            config.check_vocabulary(path, entries)
-        except UsageError as error:
-            assert str(error).startswith(f"--vocab_file {path}: holds {entries} entries; ")
-            return True
-        return False
-
-    for entries, vocab_size in ((30522, 30522), (30522, 30528), (30522, 30592), (2000, 2048), (61, 64)):
-        assert not refused(entries, vocab_size)
-    for entries, vocab_size in (
-        (30523, 30522),
-        (30528, 30522),
-        (2048, 30522),
-        (30521, 30522),
-        (30522, 30536),
-        (1900, 2048),
-    ):
-        assert refused(entries, vocab_size)
-    assert not refused(40, 61, vocab_file="folder/../vocab.txt")  # the model's own
-    assert refused(62, 61, vocab_file="vocab.txt") and refused(40, 61, vocab_file="other.txt")
-
-
 def test_padded_vocabulary_stays_inert_while_training():
     torch.manual_seed(9)
     model = BertForPreTraining(TINY)

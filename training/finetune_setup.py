@@ -145,7 +145,7 @@ def read_setup(args) -> Setup:
     """Read the checkpoint and settle sizes, sparsity and vocabulary with the flags.
 
     Raises:
-        UsageError: for contradictions, and when there is no vocabulary or one of another size than the model's.
+        UsageError: for contradictions, and when there is no vocabulary or one that the model has no embeddings for.
     """
     source = read_source(args.init_checkpoint)
     config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file, "--config_file")

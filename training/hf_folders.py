@@ -102,7 +102,7 @@ def save_hf_folder(
     Hugging Face class that has its heads.
 
     Raises UsageError, before anything is written, for tensors that are not such a model's and for a vocabulary file
-    that load_tokenizer refuses or that has not as many entries as the model; and for a folder that is not writable.
+    that load_tokenizer refuses or that has more entries than the model; and for a folder that is not writable.
     """
     folder = Path(path)
     tokenizer_files = {} if vocab_file is None else _tokenizer_files(config, Path(vocab_file))
