@@ -46,8 +46,6 @@ _DOCUMENT_END = re.compile(rb"\n\n")
 _SHARDS_WANTED = 16
 _SMALLEST_SHARD_BYTES, _LARGEST_SHARD_BYTES = 1 << 20, 16 << 20
 _STRETCHES_PER_SHARD = 32
-_SAMPLE_BYTES = 1 << 17
-_MOST_UNKNOWN = 0.1
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,17 @@ def test_a_file_in_the_place_of_the_output_is_one_line_and_exit_code_2(corpus, t
         assert contents(tmp_path) == {"file": b"mine"}
 
 
+def refusal(stage, flags: list[str], monkeypatch, capsys) -> str:
+    """The line with which the stage's module, given these flags, ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [stage.__name__, *flags])
+    with pytest.raises(SystemExit) as end:
+        run_door(stage.main)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2
+    assert errors.count("\n") == 1
+    return errors
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "message"),
     [
@@ -207,13 +218,7 @@ def test_a_file_in_the_place_of_the_output_is_one_line_and_exit_code_2(corpus, t
 )
 def test_stages_refuse_wrong_flags_in_one_line(tmp_path, monkeypatch, capsys, stage, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [stage.__name__, *flags])
-    with pytest.raises(SystemExit) as end:
-        run_door(stage.main)
-    errors = capsys.readouterr().err
-    assert end.value.code == 2
-    assert errors.count("\n") == 1
-    assert message in errors
+    assert message in refusal(stage, flags, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,13 +242,7 @@ def test_a_file_in_the_place_of_a_folder_is_named_and_stays(tmp_path, monkeypatc
     for name in ("file", "folder/stsb", "folder/heldout", "folder/phase2"):
         Path(name).write_text("mine")
     before = contents(tmp_path)
-    monkeypatch.setattr(sys, "argv", [stage.__name__, *flags])
-    with pytest.raises(SystemExit) as end:
-        run_door(stage.main)
-    errors = capsys.readouterr().err
-    assert end.value.code == 2
-    assert errors.count("\n") == 1
-    assert message in errors
+    assert message in refusal(stage, flags, monkeypatch, capsys)
     assert contents(tmp_path) == before
 
 

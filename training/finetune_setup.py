@@ -165,7 +165,7 @@ def read_setup(args) -> Setup:
     lowercase = config.lowercase if args.do_lower_case is None else args.do_lower_case
     vocab_file = _find_vocabulary(args, source, config)
     tokenizer = load_tokenizer(vocab_file, lowercase)
-    source.config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())
+    config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())
     return Setup(source, config, sparsity, tokenizer)
 
 
