@@ -1,4 +1,4 @@
-"""Which tile of the 2:4 GEMM a shape is given to, and whether it beats the dense product: measured once, then cached.
+"""Which tile of the 2:4 GEMM a shape is given to, and how it compares with dense products: measured once, then cached.
 
 Every candidate is first checked against the dense product, then timed interleaved with it (dense, candidate, dense,
 candidate, ...), since a GPU at its power limit is slower when hot; the median of the ratios counts. Results lie in
@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,9 +36,7 @@ class Choice:
     variant: int = 1
     group: int = 1
     ratio: float = 0.0
-    """Time of the dense product over time of this one; 0 where nothing was measured."""
-    rounding_ratio: float = 0.0
-    """The same of a product that begins with rounding what is kept, as a forward product in training does."""
+    """Time of the dense product over time of this one, of rounded weights; 0 where nothing was measured."""
 
 
 _choices: dict[tuple[int, int, torch.dtype], dict[int, Choice]] = {}
@@ -63,17 +61,34 @@ def tune(tokens: int, out: int, columns: int, dtype: torch.dtype, device: torch.
         KernelsUnavailable: when the kernels cannot be compiled or loaded.
         RuntimeError: when no tile computes the dense product.
     """
-    path, name = _cache_file(device), f"{tokens}x{out}x{columns} {str(dtype).removeprefix('torch.')}"
-    with _one_at_a_time(path):
-        cached = _read(path)
-        known = cached.get(name, {})
-        choice = Choice(**known) if known.keys() == asdict(Choice()).keys() else None  # not one of an earlier version's
-        if choice is None:
-            choice = _measure(tokens, out, columns, dtype, device)
-            _write(path, _read(path) | {name: asdict(choice)})
+    name = f"{tokens}x{out}x{columns} {name_of(dtype)}"
+    fields = asdict(Choice())
+    found = measured_once(name, device, fields, lambda: asdict(_measure(tokens, out, columns, dtype, device)))
+    choice = Choice(**found)
     _choices.setdefault((out, columns // 2, dtype), {})[tokens] = choice
     _nearest.clear()
     return choice
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measured_once(
+    name: str, device: torch.device, fields: Collection[str], measure: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """What `measure` returned, in the first process of this machine that asked for it by this name.
+
+    Args:
+        fields: its names; what an earlier version measured under others is measured anew.
+    """
+    path = _cache_file(device)
+    with _one_at_a_time(path):
+        found = _read(path).get(name, {})
+        if found.keys() != set(fields):
+            found = measure()
+            _write(path, _read(path) | {name: found})
+    return found
 
 
 def _cache_file(device: torch.device) -> Path:
@@ -123,9 +138,6 @@ class Trial:
     metadata: Tensor
     y: Tensor
 
-    def __post_init__(self):
-        self.values = self.kept.float()
-
     @classmethod
     def random(cls, tokens: int, out: int, columns: int, dtype: torch.dtype, device: torch.device) -> "Trial":
         generator = torch.Generator(device).manual_seed(0)
@@ -141,13 +153,7 @@ class Trial:
         torch.mm(self.x, self.weight.t(), out=self.y)
 
     def sparse(self, variant: int, group: int) -> None:
-        self._launch(variant, group, self.kept)
-
-    def rounding(self, variant: int, group: int) -> None:
-        self._launch(variant, group, self.values.to(self.kept.dtype))
-
-    def _launch(self, variant: int, group: int, kept: Tensor) -> None:
-        launch_sparse_mm(variant, group, self.x, kept, self.metadata, None, None, None, self.y)
+        launch_sparse_mm(variant, group, self.x, self.kept, self.metadata, None, None, None, self.y)
 
     def agrees(self, variant: int, group: int, expected: Tensor) -> bool:
         self.y.fill_(float("nan"))
@@ -174,9 +180,14 @@ def _measure(tokens: int, out: int, columns: int, dtype: torch.dtype, device: to
         for candidate, watch in candidates.items():
             ratios[candidate].append(dense.seconds() / watch.seconds())
     best = max(candidates, key=lambda candidate: statistics.median(ratios[candidate]))
-    rounding = Stopwatch(lambda best=best: trial.rounding(*best), dense.repeats)
-    with_rounding = [dense.seconds() / rounding.seconds() for _ in range(ROUNDS)]
-    return Choice(*best, statistics.median(ratios[best]), statistics.median(with_rounding))
+    return Choice(*best, statistics.median(ratios[best]))
+
+
+def compared(run: Callable[[], object], with_this: Callable[[], object]) -> float:
+    """GPU time of `run` over that of `with_this`, in turn."""
+    first = Stopwatch(run)
+    second = Stopwatch(with_this, first.repeats)
+    return statistics.median(first.seconds() / second.seconds() for _ in range(ROUNDS))
 
 
 class Stopwatch:

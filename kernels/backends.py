@@ -3,7 +3,8 @@
 cutlass      our 2:4 GEMM (sparse_gemm.cuh): Hopper; 2:4, 2:8, 2:16, ... along the input, bf16 or fp16
 cusparselt   PyTorch's cuSPARSELt products: compute capability 8.0 and up; 2:4 along the input, bf16 or fp16
 dense        sparse_ops.DenseOperands: everything else
-auto         cutlass where it is measured to be faster than dense execution, dense otherwise
+auto         cutlass where it is measured to be faster than dense, dense otherwise: by a training step of the layer, or,
+             of a frozen one, by the forward product
 """
 
 from collections.abc import Callable, Sequence
@@ -270,7 +271,7 @@ def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, to
         if reason is None and wanted == "cutlass":
             for library in LIBRARIES:  # all of them now: adapters may join in the middle of a run
                 loaded(library)
-            ratios = [_measured_ratios(layer, dtype, number) for number in tokens][0]
+            ratios = [_product_ratios(layer, dtype, number) for number in tokens][0]
     except KernelsUnavailable as error:
         reason = str(error)
     if reason is not None:
@@ -279,17 +280,51 @@ def _choose(backend: str, name: str, layer: SparseLinear, dtype: torch.dtype, to
         return DenseOperands, f"dense products ({reason})"
     if wanted == "cusparselt":
         return SemiStructuredOperands, "cuSPARSELt"
-    both = len(ratios) / sum(1 / ratio for ratio in ratios)  # the two dense products take about the same time
-    measured = f"x{ratios[0]:.2f} forward, x{ratios[1]:.2f} input gradient, against dense at {tokens[0]} tokens"
-    if backend == "auto" and both <= 1:
+    measured, faster = f"x{ratios[0]:.2f} forward, x{ratios[1]:.2f} input gradient", ratios[0] > 1
+    if backend == "auto" and layer.values.requires_grad:
+        step = _step_ratio(layer, dtype, tokens[0])
+        measured, faster = f"{measured}, x{step:.2f} a step of the layer", step > 1
+    measured = f"{measured}, against dense at {tokens[0]} tokens"
+    if backend == "auto" and not faster:
         return DenseOperands, f"dense products (cutlass {measured})"
     return CutlassOperands, f"cutlass ({measured})"
 
 
-def _measured_ratios(layer: SparseLinear, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
-    """Speed of the forward and of the input-gradient product against dense ones of rounded weights."""
+def _product_ratios(layer: SparseLinear, dtype: torch.dtype, tokens: int) -> list[float]:
+    """Speed of the forward and of the input-gradient product against dense ones, all of rounded weights."""
     sizes = (layer.out_features, layer.in_features)
-    forward, backward = (
-        autotune.tune(tokens, rows, columns, dtype, layer.values.device) for rows, columns in (sizes, sizes[::-1])
-    )
-    return forward.rounding_ratio if rounds_values(layer) else forward.ratio, backward.ratio
+    device = layer.values.device
+    return [autotune.tune(tokens, rows, columns, dtype, device).ratio for rows, columns in (sizes, sizes[::-1])]
+
+
+def _step_ratio(layer: SparseLinear, dtype: torch.dtype, tokens: int) -> float:
+    """Speed of a layer's part in a training step against the same on dense operands.
+
+    The products alone would not tell: dense operands take longer to rebuild, and to gather the values' gradients with.
+    """
+    rank = 0 if layer.lora_left is None else layer.lora_left.shape[1]
+    sizes = f"{tokens}x{layer.out_features}x{layer.in_features} {N}:{layer.m} rank {rank}"
+
+    def measure() -> dict[str, float]:
+        steps = (_training_step(layer, kind(layer, dtype), tokens) for kind in (DenseOperands, CutlassOperands))
+        return {"ratio": autotune.compared(*steps)}
+
+    name = f"step {sizes} {autotune.name_of(dtype)}"
+    return autotune.measured_once(name, layer.values.device, ["ratio"], measure)["ratio"]
+
+
+def _training_step(layer: SparseLinear, operands: nn.Module, tokens: int) -> Callable[[], None]:
+    """Operands from the values, W^{R,C} chosen anew, and both passes of one micro-step."""
+    device = layer.values.device
+    like = {"dtype": operands.dtype, "device": device, "generator": torch.Generator(device).manual_seed(0)}
+    x = torch.randn(tokens, layer.in_features, **like, requires_grad=True)
+    grad_y = torch.randn(tokens, layer.out_features, **like)
+
+    def step() -> None:
+        before, layer.operands = layer.operands, operands
+        with torch.no_grad():
+            operands.refresh_all([layer], rechoose=True)
+        torch.autograd.grad(layer.product(x, None), (x, layer.values), grad_y)
+        layer.operands = before
+
+    return step

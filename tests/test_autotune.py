@@ -18,7 +18,7 @@ from kernels.autotune import Choice, choice_of, tune
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
-ANOTHERS = {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}  # what another process measured
+ANOTHERS = {"variant": 2, "group": 16, "ratio": 1.5}  # what another process measured
 
 
 # ----------------------------------------------------------------------------------------------------- cache and lookup
@@ -29,7 +29,7 @@ def machine(monkeypatch, tmp_path) -> SimpleNamespace:
 
     def measure(tokens, out, columns, dtype, device):
         machine.measured.append((tokens, out, columns, dtype))
-        return Choice(len(machine.measured) % 3, 4, tokens / 1000, tokens / 2000)
+        return Choice(len(machine.measured) % 3, 4, tokens / 1000)
 
     def restart():
         monkeypatch.setattr(autotune, "_choices", {})
@@ -44,7 +44,7 @@ def machine(monkeypatch, tmp_path) -> SimpleNamespace:
 
 def test_a_product_is_measured_once_for_all_processes(machine):
     first = tune(100, 96, 64, BF16, CPU)
-    assert first == Choice(1, 4, 0.1, 0.05) and tune(100, 96, 64, BF16, CPU) == first
+    assert first == Choice(1, 4, 0.1) and tune(100, 96, 64, BF16, CPU) == first
     machine.restart()
     assert choice_of(100, 96, 32, BF16) == Choice(), "a lookup reads no file"
     assert tune(100, 96, 64, BF16, CPU) == first == choice_of(100, 96, 32, BF16)
@@ -80,7 +80,7 @@ def test_lookup_takes_the_nearest_number_of_tokens(machine):
     assert len(machine.measured) == 3, "a lookup measures nothing"
 
 
-EARLIER_VERSION = '{"100x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5}}'
+EARLIER_VERSION = '{"100x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}}'
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"100x96x64 bfloat16": {"vari', "\x00\x00", EARLIER_VERSION])
@@ -96,14 +96,12 @@ def test_what_another_process_measured_meanwhile_stays(machine, monkeypatch):
     measure = autotune._measure
 
     def measured_beside_another(*product):
-        autotune._write(
-            machine.path, {"7x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}}
-        )
+        autotune._write(machine.path, {"7x96x64 bfloat16": ANOTHERS})
         return measure(*product)
 
     monkeypatch.setattr(autotune, "_measure", measured_beside_another)
     tune(100, 96, 64, BF16, CPU)
-    assert tune(7, 96, 64, BF16, CPU) == Choice(2, 16, 1.5, 1.4)
+    assert tune(7, 96, 64, BF16, CPU) == Choice(**ANOTHERS)
     assert machine.measured == [(100, 96, 64, BF16)]
     names = sorted(path.name for path in machine.path.parent.iterdir())
     assert names == ["choices.json", "choices.lock"], "no temporary file stays"
@@ -117,10 +115,8 @@ def test_the_second_of_two_waits_for_the_first_ones_choice(machine):
             second = pool.submit(tune, 100, 96, 64, BF16, CPU)
             with pytest.raises(TimeoutError):
                 second.result(timeout=0.5)
-            machine.path.write_text(
-                '{"100x96x64 bfloat16": {"variant": 2, "group": 16, "ratio": 1.5, "rounding_ratio": 1.4}}'
-            )
-        assert second.result(timeout=60) == Choice(2, 16, 1.5, 1.4)
+            machine.path.write_text(json.dumps({"100x96x64 bfloat16": ANOTHERS}))
+        assert second.result(timeout=60) == Choice(**ANOTHERS)
     assert not machine.measured
 
 
@@ -164,7 +160,7 @@ class Bench:
 
     def stopwatch(self, run, repeats=None):
         run()
-        candidate = run.__defaults__  # of a lambda: its tile and group, or these in a pair; a method has none
+        candidate = run.__defaults__  # of a lambda: its tile and group; a method has none
 
         def seconds() -> float:
             times, turn, heat = self.seconds[candidate], self.turn[candidate], len(self.log) // 2 * self.warming
@@ -192,8 +188,7 @@ def test_the_best_median_wins(bench):
     bench.seconds[0, 4] = [0.8]
     bench.seconds[2, 4] = [0.5, 9.0, 0.5, 9.0, 0.5]  # the worst mean
     bench.seconds[1, 16] = [0.1, 0.9, 0.9, 0.9, 0.9]  # the best single time
-    bench.seconds[((2, 4),)] = [0.625, 5.0, 0.625, 5.0, 0.625]  # of the best alone, and with rounding
-    assert measure() == Choice(2, 4, 2.0, 1.6)
+    assert measure() == Choice(2, 4, 2.0)
 
 
 def test_each_candidate_is_timed_beside_the_dense_product(bench):
@@ -202,7 +197,7 @@ def test_each_candidate_is_timed_beside_the_dense_product(bench):
         for group in autotune.GROUPS:
             bench.seconds[variant, group] = [0.5]
     assert measure().ratio == 2.0, "both of a pair are as warm"
-    assert len(bench.log) == 2 * autotune.ROUNDS * (emulated_kernels.VARIANTS * len(autotune.GROUPS) + 1)
+    assert len(bench.log) == 2 * autotune.ROUNDS * emulated_kernels.VARIANTS * len(autotune.GROUPS)
     assert set(bench.log[::2]) == {None} and None not in bench.log[1::2]
     assert bench.log[1 : 2 * 9 : 2] == [(v, g) for v in range(3) for g in autotune.GROUPS]
 
@@ -234,7 +229,7 @@ def test_a_tile_that_computes_something_else_never_wins(bench, monkeypatch, wron
     monkeypatch.setattr(autotune, "launch_sparse_mm", launch)
     bench.seconds[1, 1] = [0.001]
     bench.seconds[2, 1] = [0.5]
-    assert measure() == Choice(2, 1, 2.0, 1.0)
+    assert measure() == Choice(2, 1, 2.0)
     assert not any(candidate and candidate[0] == 1 for candidate in bench.log), "it is not even timed"
 
 
@@ -242,3 +237,15 @@ def test_no_right_tile_is_an_error(bench, monkeypatch):
     monkeypatch.setattr(autotune, "launch_sparse_mm", lambda *arguments: None)
     with pytest.raises(RuntimeError, match="no tile of the 2:4 GEMM computes the dense product of 24 x 64 x 48"):
         measure()
+
+
+def test_two_ways_are_compared_in_turn(bench):
+    def first(way=1):
+        pass
+
+    def second(way=2):
+        pass
+
+    bench.warming, bench.seconds[1,], bench.seconds[2,] = 0.5, [3.0, 3.0, 9.0, 3.0, 3.0], [2.0]
+    assert autotune.compared(first, second) == 1.5
+    assert bench.log == [(1,), (2,)] * autotune.ROUNDS

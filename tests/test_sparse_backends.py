@@ -80,8 +80,8 @@ def model_of(**layers: SparseLinear) -> nn.Module:
 
 @pytest.fixture
 def hopper(emulated, monkeypatch) -> SimpleNamespace:
-    """A machine where cutlass runs what it can: `ratios` of [out, in] are what a tune would measure."""
-    machine = SimpleNamespace(ratios={}, rounding_ratios={}, tuned=[])
+    """A machine where cutlass runs what it can: `ratios` of [out, in] are what a tune would measure, `step` a step."""
+    machine = SimpleNamespace(ratios={}, step=1.5, tuned=[], named=[])
     refusal = backends.refusal
 
     def refused(backend, layer, dtype):
@@ -89,13 +89,24 @@ def hopper(emulated, monkeypatch) -> SimpleNamespace:
 
     def tune(tokens, out, columns, dtype, device):
         machine.tuned.append((tokens, out, columns, dtype))
-        ratio = machine.ratios.get((out, columns), 1.25)
-        return autotune.Choice(ratio=ratio, rounding_ratio=machine.rounding_ratios.get((out, columns), ratio))
+        return autotune.Choice(ratio=machine.ratios.get((out, columns), 1.25))
+
+    def measured_once(name, device, fields, measure):
+        machine.named.append(name)
+        found = measure()
+        assert found.keys() == set(fields)
+        return found
+
+    def compared(dense, sparse):
+        dense()
+        sparse()
+        return machine.step
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "refusal", refused)
     monkeypatch.setattr(backends, "loaded", lambda library: None)
-    monkeypatch.setattr(autotune, "tune", tune)
+    for stand_in in (tune, measured_once, compared):
+        monkeypatch.setattr(autotune, stand_in.__name__, stand_in)
     return machine
 
 
@@ -132,39 +143,62 @@ def test_dense_is_dense_everywhere(hopper):
     assert model["block"]["query"].operands.dtype == FP16
 
 
-FASTER = [
-    # forward, input gradient; whether both together beat dense products
-    (1.3, 1.2, True),
-    (1.4, 0.9, True),
-    (0.9, 1.4, True),
-    (1.3, 0.8, False),  # 1/1.3 + 1/0.8 > 2, though the mean of the ratios is above 1
-    (1.0, 1.0, False),
-    (0.9, 0.8, False),
-]
-
-
-@pytest.mark.parametrize(("forward", "backward", "faster"), FASTER)
-def test_auto_never_loses_to_dense(hopper, forward, backward, faster):
-    hopper.ratios = {(96, 64): forward, (64, 96): backward}
-    measured = f"x{forward:.2f} forward, x{backward:.2f} input gradient, against dense at 4096 tokens"
+@pytest.mark.parametrize(("step", "faster"), [(1.01, True), (1.0, False), (0.9, False)])
+@pytest.mark.parametrize("forward", [0.8, 1.3])
+def test_auto_never_loses_to_dense(hopper, forward, step, faster):
+    hopper.ratios, hopper.step = {(96, 64): forward}, step
+    products = f"x{forward:.2f} forward, x1.25 input gradient"
+    measured = f"{products}, x{step:.2f} a step of the layer, against dense at 4096 tokens"
     model = model_of(dense=linear_layer(size=(96, 64)))
     remark = f"cutlass ({measured})" if faster else f"dense products (cutlass {measured})"
     assert selected(model, "auto") == [f"1 sparse layers 64 -> 96, 2:4: {remark}"]
     kind = backends.CutlassOperands if faster else DenseOperands
     assert type(model["block"]["dense"].operands) is kind and model["block"]["dense"].operands.dtype == BF16
     assert hopper.tuned == [(4096, 96, 64, BF16), (4096, 64, 96, BF16)]
+    assert hopper.named == ["step 4096x96x64 2:4 rank 0 bfloat16"]
     asked = model_of(dense=linear_layer(size=(96, 64)))
-    assert selected(asked, "cutlass") == [f"1 sparse layers 64 -> 96, 2:4: cutlass ({measured})"]
+    lines = selected(asked, "cutlass")
+    assert lines == [f"1 sparse layers 64 -> 96, 2:4: cutlass ({products}, against dense at 4096 tokens)"]
     assert type(asked["block"]["dense"].operands) is backends.CutlassOperands
+    assert len(hopper.named) == 1, "what is asked for by name is not compared"
 
 
-def test_auto_counts_the_rounding_where_a_product_begins_with_it(hopper):
-    hopper.rounding_ratios = {(96, 64): 0.7, (64, 96): 0.1}  # the input gradient's operand is kept rounded
-    dense, frozen, long = (linear_layer(m, size=(96, 64)) for m in (4, 4, 8))
-    frozen.requires_grad_(False)
-    for layer, forward in ((dense, 0.7), (frozen, 1.25), (long, 1.25)):
-        (line,) = selected(model_of(dense=layer), "auto")
-        assert f"x{forward:.2f} forward, x1.25 input gradient" in line
+@pytest.mark.parametrize("forward", [0.8, 1.3])
+def test_of_a_frozen_layer_the_forward_product_decides(hopper, forward):
+    hopper.ratios = {(96, 64): forward}
+    layer = linear_layer(size=(96, 64)).requires_grad_(False)
+    (line,) = selected(model_of(dense=layer), "auto")
+    assert f"x{forward:.2f} forward, x1.25 input gradient, against dense" in line and not hopper.named
+    assert type(layer.operands) is (backends.CutlassOperands if forward > 1 else DenseOperands)
+
+
+@pytest.mark.parametrize("m", [4, 8])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("kind", [DenseOperands, backends.CutlassOperands])
+def test_the_step_that_is_compared_is_a_whole_one_of_the_layer(emulated, monkeypatch, kind, rank, m):
+    layer = linear_layer(m, size=(96, 64))
+    if rank:
+        layer.add_adapters(rank, torch.Generator().manual_seed(0))
+    before, generator, asked = layer.operands, torch.get_rng_state(), []
+    operands, grad = kind(layer, BF16), torch.autograd.grad
+    step = backends._training_step(layer, operands, 40)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given: asked.append((given, grad(*given))))
+    step()
+    assert layer.operands is before and layer.values.grad is None
+    ((y, (x, values), grad_y), (grad_x, grad_values)) = asked[0]
+    assert x.shape == (40, 64) and x.dtype == y.dtype == BF16 and values is layer.values
+    mask = layer.dense_weight() != 0
+    layer.operands = operands
+    twice = layer.dense_weight(double_pruned=True).bfloat16().float()
+    once = layer.dense_weight().bfloat16().float()
+    low_rank = layer.adapter_weight() if rank else 0.0
+    close = {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(y.float(), x.float() @ (once + low_rank).t(), **close)
+    torch.testing.assert_close(grad_x.float(), grad_y.float() @ (twice + low_rank), **close)
+    dense = grad_y.float().t() @ x.float()
+    torch.testing.assert_close(grad_values.flatten(), dense[mask], rtol=0.02, atol=0.2)
+    assert twice.count_nonzero() < once.count_nonzero(), "W^{R,C} is chosen"
+    assert torch.equal(torch.get_rng_state(), generator), "random numbers of the run stay its own"
 
 
 def test_layers_of_a_kind_are_measured_once_and_other_kinds_apart(hopper):
@@ -172,17 +206,18 @@ def test_layers_of_a_kind_are_measured_once_and_other_kinds_apart(hopper):
     layers = {"query": linear_layer(), "key": linear_layer(), "up": linear_layer(size=(96, 64))}
     layers |= {"long": linear_layer(m=8), "free": linear_layer(m=None), "across": linear_layer(reduction_dim=False)}
     model = model_of(**layers)
-    slow = "x0.50 forward, x1.25 input gradient, against dense at 64 tokens"
-    fast = "cutlass (x1.25 forward, x1.25 input gradient, against dense at 64 tokens)"
+    slow = "x0.50 forward, x1.25 input gradient, x1.50 a step of the layer, against dense at 64 tokens"
+    fast = "cutlass (x1.25 forward, x1.25 input gradient, x1.50 a step of the layer, against dense at 64 tokens)"
     assert selected(model, "auto", tokens=64) == [
         f"2 sparse layers 64 -> 64, 2:4: {fast}",
-        f"1 sparse layers 64 -> 96, 2:4: dense products (cutlass {slow})",
+        f"1 sparse layers 64 -> 96, 2:4: cutlass ({slow})",
         f"1 sparse layers 64 -> 64, 2:8: {fast}",
         "1 sparse layers 64 -> 64, unstructured: dense products (an unstructured mask)",
         "1 sparse layers 64 -> 64, 2:4: dense products (--reduction_dim False)",
     ]
     kinds = {name: type(layer.operands) for name, layer in layers.items()}
-    assert {name for name, kind in kinds.items() if kind is backends.CutlassOperands} == {"query", "key", "long"}
+    assert {name for name, kind in kinds.items() if kind is backends.CutlassOperands} == {"query", "key", "up", "long"}
+    assert len(hopper.named) == len(set(hopper.named)) == 3
     with pytest.raises(UsageError, match="^--sparse_backend cutlass cannot run block.free: an unstructured mask$"):
         selected(model, "cutlass")
 

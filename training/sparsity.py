@@ -168,7 +168,7 @@ def add_sparsity_flags(parser, add_lora_words: tuple[str, ...] = ("True", "False
         default="auto",
         choices=SPARSE_BACKENDS,
         help="what runs the sparse products: cutlass is this suite's kernels for Hopper GPUs, cusparselt PyTorch's; "
-        "auto is cutlass where that is measured to be faster than dense products, and dense elsewhere",
+        "auto is cutlass where a training step of the layer is measured to be faster so, and dense elsewhere",
     )
     group.add_argument(
         "--double_prune_interval",
