@@ -67,6 +67,7 @@ class BertConfig:
     next_sentence: bool = True  # False: no pooler and no sentence-pair head while pretraining
     tokenizer: str = "wordpiece"
     vocab_file: str | None = None  # None: the one that lies beside the data
+    vocabulary_sha256: str | None = None  # of its entries, as the shards that the model was trained on say
 
     def __post_init__(self):
         for field in fields(self):
@@ -88,18 +89,23 @@ class BertConfig:
         """Rows of the word embeddings and of the decoder: vocab_size rounded up to a multiple of 8."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
-    def check_vocabulary(self, path: str | Path, entries: int) -> None:
-        """Refuse a vocabulary file that the model has no embeddings for.
+    def check_vocabulary(self, path: str | Path, entries: int, sha256: str) -> None:
+        """Refuse a vocabulary file that the model was not trained with, as far as is known.
 
         Fewer entries than embeddings are right where the model was padded, or a small corpus gave fewer than asked for.
 
         Raises:
-            UsageError: it has more entries than the model has embeddings.
+            UsageError: it has more entries than the model has embeddings, or others than the model was trained with.
         """
         if entries > self.vocab_size:
             raise UsageError(
                 f"--vocab_file {path}: holds {entries} entries; the model's vocab_size is {self.vocab_size}, "
                 "so it must be the vocabulary that the model was trained with"
+            )
+        if self.vocabulary_sha256 not in (None, sha256):
+            raise UsageError(
+                f"--vocab_file {path}: has other entries than the vocabulary that the model was trained with; "
+                "give that one"
             )
 
     @classmethod

@@ -152,6 +152,7 @@ def main() -> None:
     if start.finished:
         report(f"finished: {args.output_dir} has step {start.step}, and this phase ends at {start.phase_end}")
         return
+    config = replace(config, vocabulary_sha256=agreed_vocabulary(config, start, shards, heldout))
     sparsity = settle_sparsity(args, start)
     model = build_model(
         lambda: BertForPreTraining(config),
@@ -197,6 +198,26 @@ def open_shards(args, config: BertConfig) -> tuple[ShardSet, ShardSet | None]:
             )
         opened.append(shards)
     return opened[0], opened[1]
+
+
+def agreed_vocabulary(config: BertConfig, start: Start, shards: ShardSet, heldout: ShardSet | None) -> str | None:
+    """The hash of the vocabulary that model and shards are of, from those that know it.
+
+    Raises:
+        UsageError: they are of different ones.
+    """
+    known = {"the model configuration": config.vocabulary_sha256}
+    if start.source is not None:
+        known[f"the model of {start.source.path}"] = start.source.config.vocabulary_sha256
+    for part in (shards, heldout):
+        if part is not None:
+            known[f"{part.flag} {part.files[0].parent}"] = part.vocabulary_sha256
+    known = {who: sha256 for who, sha256 in known.items() if sha256 is not None}
+    for who, sha256 in known.items():
+        first = next(iter(known))
+        if sha256 != known[first]:
+            raise UsageError(f"{who}: is of another vocabulary than {first}; give what belongs together")
+    return next(iter(known.values()), None)
 
 
 def settle_sparsity(args, start: Start) -> SparsityConfig:

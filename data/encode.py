@@ -38,7 +38,7 @@ from data.stages import (
     read_manifest,
     run_tasks,
 )
-from data.tokenization import KINDS, SentenceEncoder, load_tokenizer, special_ids
+from data.tokenization import KINDS, SentenceEncoder, load_tokenizer, special_ids, vocabulary_sha256
 from data.vocabulary import Vocabulary, VocabularySettings, check_vocabulary, settle_vocabulary
 from training.errors import UsageError
 
@@ -177,12 +177,13 @@ def encode_group(task: EncodeTask) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     settings = task.settings
     encoder, tokenizer = _load_encoder(task.vocabulary, settings.lowercase, settings.tokenizer)
-    special = special_ids(tokenizer)
+    special, sha256 = special_ids(tokenizer), vocabulary_sha256(tokenizer)
     text = tokenize(task.group, encoder)
     for shard in task.shards:
         key = random_key(settings.seed, SPLITS.index(task.group.split), shard.length, shard.dupe, task.group.index)
         samples = build_samples(text, shard.length, settings.short_seq_prob, settings.next_sentence, special, key)
         attributes = {"layout": "unmasked", "vocab_size": tokenizer.get_vocab_size(), "mask_token_id": special.mask}
+        attributes["vocabulary_sha256"] = sha256
         if settings.premask:
             rule = MaskingRule(
                 settings.masked_token_fraction,

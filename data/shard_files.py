@@ -58,6 +58,7 @@ class ShardSet:
         layout: "unmasked" or "premasked".
         has_next_sentence: whether samples are sentence pairs with a label.
         vocab_size, mask_token_id, max_token_id: as the files' attributes say (the largest `max_token_id`), else None.
+        vocabulary_sha256: of the vocabulary they were encoded with (`data.tokenization`), as they say, else None.
     """
 
     def __init__(self, input_dir: Path, flag: str = "--input_dir"):
@@ -77,6 +78,7 @@ class ShardSet:
             _one_value(self.headers, field, [getattr(header, field) for header in self.headers], flag)
         self.vocab_size = self._shared_attribute("vocab_size")
         self.mask_token_id = self._shared_attribute("mask_token_id")
+        self.vocabulary_sha256 = self._shared_attribute("vocabulary_sha256")
         largest = [header.attributes["max_token_id"] for header in self.headers if "max_token_id" in header.attributes]
         self.max_token_id = int(max(largest)) if largest else None
 
@@ -89,11 +91,11 @@ class ShardSet:
         self.offsets = np.cumsum(self.counts) - self.counts
         self.total = int(self.counts.sum())
 
-    def _shared_attribute(self, name: str) -> int | None:
+    def _shared_attribute(self, name: str):
         having = [header for header in self.headers if name in header.attributes]
         if not having:
             return None
-        return int(_one_value(having, name, [header.attributes[name] for header in having], self.flag))
+        return _one_value(having, name, [header.attributes[name] for header in having], self.flag)
 
     def check(self, vocab_size: int, max_position_embeddings: int, max_predictions_per_seq: int) -> None:
         """Refuse shards that the model cannot read. Loads the first shard; later ones are checked by `load`.
@@ -268,6 +270,8 @@ def _check_attributes(attributes: Mapping[str, object], **found: object) -> None
     for name in ("vocab_size", "mask_token_id", "max_token_id"):
         if name in attributes and not isinstance(attributes[name], int):
             raise ValueError(f"its attribute {name} must be a whole number, is {attributes[name]!r}")
+    if not isinstance(attributes.get("vocabulary_sha256", ""), str):
+        raise ValueError(f"its attribute vocabulary_sha256 must be text, is {attributes['vocabulary_sha256']!r}")
     for name, value in found.items():
         if name in attributes and attributes[name] != value:
             raise ValueError(f"its attribute {name} says {attributes[name]}, its arrays say {value}")

@@ -1,5 +1,6 @@
 """Tokenizers: BERT's WordPiece (`wordpiece`, a vocab.txt) and byte-level BPE (`bpe`, a Hugging Face tokenizer.json)."""
 
+import hashlib
 import json
 import re
 import sys
@@ -73,6 +74,12 @@ def load_tokenizer(vocab_file: str | Path, lowercase: bool = True, kind: str = "
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
     )
     return tokenizer
+
+
+def vocabulary_sha256(tokenizer: Tokenizer) -> str:
+    """A hash of the entries in the order of their ids, however the file that held them ends its lines."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256("\n".join(token for token, _ in entries).encode()).hexdigest()
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

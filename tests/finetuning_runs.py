@@ -26,6 +26,7 @@ from shard_factory import write_shard
 from squad_factory import WORDS, question, write_squad, write_vocabulary
 from torch import Tensor
 
+from data.tokenization import load_tokenizer, vocabulary_sha256
 from training.checkpoint import load_checkpoint
 from training.flags import run_door
 
@@ -59,8 +60,9 @@ def make_folder(folder: Path, hf_class=transformers.BertForPreTraining, seed: in
 
 def pretrain(folder: Path, vocab_file: Path, **changes) -> Path:
     """The checkpoint of a run of 2 steps, by default SLoPe's with adapters of rank 4."""
-    size = len(vocab_file.read_text().splitlines())
-    write_shard(folder / "shards" / "shard_0.hdf5", count=12, length=16, vocab_size=size)
+    size, sha256 = len(vocab_file.read_text().splitlines()), vocabulary_sha256(load_tokenizer(vocab_file))
+    shard = folder / "shards" / "shard_0.hdf5"
+    write_shard(shard, count=12, length=16, vocab_size=size, vocabulary_sha256=sha256)
     model = SIZES | {"vocab_size": size} | pretraining_runs.NO_DROPOUT
     (folder / "model.json").write_text(json.dumps(model))
     flags = {"pruned_matrix": "static-weight", "add_lora": "lazy", "learning_rate": 4e-3} | changes

@@ -20,6 +20,7 @@ def write_shard(
     seed: int = 0,
     next_sentence: bool = True,
     attributes: bool = True,
+    vocabulary_sha256: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Write one unmasked shard of `count` samples; returns its arrays. Every first word is the sample's own number."""
     rng = np.random.default_rng(seed)
@@ -34,7 +35,7 @@ def write_shard(
     arrays = {"input_ids": input_ids, "special_token_positions": special}
     if next_sentence:
         arrays["next_sentence_labels"] = rng.integers(0, 2, count).astype(np.int8)
-    write_arrays(path, arrays, describe(input_ids, vocab_size, "unmasked") if attributes else {})
+    write_arrays(path, arrays, describe(input_ids, vocab_size, "unmasked", vocabulary_sha256) if attributes else {})
     return arrays
 
 
@@ -48,6 +49,7 @@ def write_premasked_shard(
     seed: int = 0,
     next_sentence: bool = True,
     attributes: bool = True,
+    vocabulary_sha256: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Write one shard in NVIDIA's layout; returns its arrays."""
     rng = np.random.default_rng(seed)
@@ -70,13 +72,16 @@ def write_premasked_shard(
     }
     if next_sentence:
         arrays["next_sentence_labels"] = rng.integers(0, 2, count).astype(np.int8)
-    write_arrays(path, arrays, describe(input_ids, vocab_size, "premasked") if attributes else {})
+    write_arrays(path, arrays, describe(input_ids, vocab_size, "premasked", vocabulary_sha256) if attributes else {})
     return arrays
 
 
-def describe(input_ids: np.ndarray, vocab_size: int, layout: str) -> dict[str, object]:
-    """The attributes that the encoder writes."""
-    return {
+def describe(
+    input_ids: np.ndarray, vocab_size: int, layout: str, vocabulary_sha256: str | None = None
+) -> dict[str, object]:
+    """The attributes that the encoder writes; without a hash, those of its earlier versions."""
+    known = {} if vocabulary_sha256 is None else {"vocabulary_sha256": vocabulary_sha256}
+    return known | {
         "format_version": 1,
         "vocab_size": vocab_size,
         "sequence_length": input_ids.shape[1],

@@ -22,6 +22,7 @@ from pretraining_runs import (
     TrainingFiles,
     begin_ranks,
     begin_run,
+    checkpoint,
     refused,
     run,
     write_model,
@@ -344,6 +345,30 @@ def test_wrong_shards(files, tmp_path, flag, spoil, words):
     folder.mkdir()
     spoil(files, folder)
     refused(files.flags(output, **{flag: folder}), output, f"--{flag}", str(folder), words)
+
+
+def test_shards_of_another_vocabulary(files, tmp_path):
+    """Than the held-out ones, the checkpoint that a run goes on from, or one that it starts from."""
+    folders, options = {}, {"vocab_size": VOCAB_SIZE, "length": LENGTH, "count": 20}
+    for name in ("one", "other"):
+        folders[name] = tmp_path / name
+        write_shard(folders[name] / "shard.hdf5", vocabulary_sha256=name, **options)
+    one, other = folders["one"], folders["other"]
+    out = tmp_path / "out"
+    flags = files.flags(out, input_dir=one, eval_dir=other)
+    refused(flags, out, f"--eval_dir {other}: is of another vocabulary than --input_dir {one}")
+    run(files.flags(out, input_dir=one, max_steps=2))
+    newest = out / "pretrain_ckpts" / "ckpt_2.pt"
+    assert checkpoint(out, 2)["model_config"]["vocabulary_sha256"] == "one"
+    said = f"--input_dir {other}: is of another vocabulary than the model of {newest}"
+    refused(files.flags(out, input_dir=other, max_steps=4), out, said)
+    fresh = tmp_path / "fresh"
+    refused(files.flags(fresh, input_dir=other, init_checkpoint=newest), fresh, said)
+    run(files.flags(fresh, init_checkpoint=newest, max_steps=1))  # these shards know none
+    assert checkpoint(fresh, 1)["model_config"]["vocabulary_sha256"] == "one"
+    model = write_model(tmp_path / "model.json", vocabulary_sha256="third")
+    flags = files.flags(tmp_path / "new", input_dir=one, model_config_file=model)
+    refused(flags, tmp_path / "new", "is of another vocabulary than the model configuration")
 
 
 def test_premasked_shards_with_more_predictions_than_asked_for(files, tmp_path):

@@ -17,6 +17,7 @@ from data.shard_files import ShardSet
 from data.tokenization import (
     load_tokenizer,
     special_ids,
+    vocabulary_sha256,
 )
 from training.errors import UsageError
 
@@ -42,6 +43,7 @@ def test_shards_are_what_the_reader_wants_and_say_so(text, encoded):
         shards.check(vocab_size, max_position_embeddings=32, max_predictions_per_seq=5)
         assert (shards.layout, shards.sequence_length, shards.has_next_sentence) == ("unmasked", 32, True)
         assert (shards.vocab_size, shards.mask_token_id) == (vocab_size, 4)
+        assert shards.vocabulary_sha256 == vocabulary_sha256(load_tokenizer(encoded / "vocab.txt"))
         for index, header in enumerate(shards.headers):
             arrays = shards.load(index, vocab_size)
             assert header.attributes["num_samples"] == len(arrays["input_ids"]) == len(arrays["next_sentence_labels"])

@@ -10,6 +10,7 @@ import torch
 import transformers
 from shard_factory import write_shard
 
+from data.tokenization import load_tokenizer, vocabulary_sha256
 from sparse_ops import named_layers
 from training.assembly import build_pretraining_model
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -39,7 +40,8 @@ def pretrained(tmp_path_factory, pytestconfig):
     folder = tmp_path_factory.mktemp("pretrained")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "model.json").write_text(json.dumps(MODEL))
-    write_shard(folder / "phase1" / "train" / "shard_00000.hdf5", vocab_size=51)
+    sha256 = vocabulary_sha256(load_tokenizer(folder / "vocab.txt"))
+    write_shard(folder / "phase1" / "train" / "shard_00000.hdf5", vocab_size=51, vocabulary_sha256=sha256)
     flags = {
         "input_dir": folder / "phase1" / "train",
         "output_dir": folder / "out",
@@ -103,12 +105,19 @@ def moved_away(state):
     state["arguments"]["input_dir"] = "/nowhere/phase1/train"
 
 
-def test_a_vocabulary_that_is_too_large_is_refused(pretrained, tmp_path, pytestconfig):
-    longer = tmp_path / "longer.txt"
-    longer.write_text("\n".join([*VOCABULARY, "more"]) + "\n")
-    words = ["--checkpoint", pretrained, "--output_dir", tmp_path / "exported", "--vocab_file", longer]
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([*VOCABULARY, "more"], f"holds {len(VOCABULARY) + 1} entries; the model's vocab_size is 51"),
+        ([*VOCABULARY[:-1], "another"], "has other entries than the vocabulary that the model was trained with"),
+    ],
+)
+def test_another_vocabulary_is_refused(entries, said, pretrained, tmp_path, pytestconfig):
+    another = tmp_path / "another.txt"
+    another.write_text("\n".join(entries) + "\n")
+    words = ["--checkpoint", pretrained, "--output_dir", tmp_path / "exported", "--vocab_file", another]
     run = run_script(pytestconfig.rootpath, "scripts/export_hf.py", *words, cwd=tmp_path)
-    said = f"--vocab_file {longer}: holds {len(VOCABULARY) + 1} entries; the model's vocab_size is 51"
+    said = f"--vocab_file {another}: {said}"
     assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1
     assert not (tmp_path / "exported").exists()
 

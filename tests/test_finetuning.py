@@ -162,6 +162,19 @@ def test_a_flag_that_contradicts_the_checkpoint(changes, said, slope, folder, da
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_another_vocabulary_of_the_same_size_is_refused(door, folder, slope, data, tmp_path):
+    entries = (folder / "vocab.txt").read_text().splitlines()
+    entries[-1], entries[-2] = entries[-2], entries[-1]
+    another = runs.write(tmp_path / "another.txt", "\n".join(entries))
+    sizes = json.dumps(runs.SIZES | {"vocab_size": len(entries)})
+    for changes in ({}, {"config_file": runs.write(tmp_path / "model.json", sizes)}):
+        line = runs.refused(door, flags(door, slope, data, tmp_path / "out", vocab_file=another, **changes))
+        assert f"--vocab_file {another}: has other entries" in line and not (tmp_path / "out").exists()
+    runs.run("run_glue", flags("run_glue", slope, data, tmp_path / "a", vocab_file=folder / "vocab.txt"))
+    assert trained(tmp_path / "a")["model_config"]["vocabulary_sha256"] == read_source(slope).config.vocabulary_sha256
+
+
+@pytest.mark.parametrize("door", DOORS)
 def test_a_dense_model_is_pruned_by_magnitude(door, folder, data, tmp_path):
     """Without a step that matters: the values are the two largest of every four weights, where they were."""
     one_step = {"pruned_matrix": "static-weight", "learning_rate": 0, "warmup_proportion": 0}

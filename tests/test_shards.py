@@ -136,6 +136,14 @@ BAD_FILES = {
         ),
         "no samples",
     ),
+    "a hash that is a number": (lambda path: with_attribute(path, vocabulary_sha256=5), "must be text, is 5"),
+    "vocabularies of one size": (
+        lambda path: (
+            with_attribute(path, vocabulary_sha256="a"),
+            with_attribute(path.with_name("shard_00001.hdf5"), vocabulary_sha256="b"),
+        ),
+        "has vocabulary_sha256 a but",
+    ),
     "mixed lengths": (lambda path: two_files(path, lambda other: write_shard(other, length=20)), "sequence_length 16"),
     "mixed layouts": (lambda path: two_files(path, write_premasked_shard), "layout unmasked"),
     "mixed pairs": (

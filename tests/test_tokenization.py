@@ -17,6 +17,7 @@ from data.tokenization import (
     build_wordpiece_vocabulary,
     load_tokenizer,
     read_vocabulary,
+    vocabulary_sha256,
 )
 from training.errors import UsageError
 
@@ -147,3 +148,15 @@ def test_a_given_vocabulary_is_copied_and_another_one_refused(tmp_path, text, en
         encode(text, output, vocab_file=other)
     with pytest.raises(UsageError, match="no such file"):
         encode(text, output, vocab_file=tmp_path / "nowhere.txt")
+
+
+def test_the_hash_of_a_vocabulary_is_that_of_its_entries_in_their_order(tmp_path):
+    def sha256(text: str) -> str:
+        (tmp_path / "vocab.txt").write_bytes(text.encode())
+        return vocabulary_sha256(load_tokenizer(tmp_path / "vocab.txt"))
+
+    entries = [*SPECIAL_TOKENS, "one", "two", "##three"]
+    first = sha256("\n".join(entries))
+    assert sha256("\r\n".join(entries) + "\r\n\n") == first
+    others = [[*entries, "four"], entries[:-1], [*entries[:-2], entries[-1], entries[-2]], [*entries[:-1], "three"]]
+    assert len({first, *(sha256("\n".join(other)) for other in others)}) == 5

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data.stages import check_file, check_folders
-from data.tokenization import load_tokenizer
+from data.tokenization import load_tokenizer, vocabulary_sha256
 from modeling import BertConfig
 from optimization import DECAYS, OPTIMIZERS
 from training.assembly import Source, read_source
@@ -145,10 +145,12 @@ def read_setup(args) -> Setup:
     """Read the checkpoint and settle sizes, sparsity and vocabulary with the flags.
 
     Raises:
-        UsageError: for contradictions, and when there is no vocabulary or one that the model has no embeddings for.
+        UsageError: for contradictions, and when there is no vocabulary or another than the model was trained with.
     """
     source = read_source(args.init_checkpoint)
     config = source.config if args.config_file is None else BertConfig.from_json_file(args.config_file, "--config_file")
+    if config.vocabulary_sha256 is None:
+        config = replace(config, vocabulary_sha256=source.config.vocabulary_sha256)
     sparsity = sparsity_from_flags(args, source.sparsity if source.sparsity.sparse else None)
     check_adapter_flags(args, sparsity)
     check_backend_flag(args, sparsity)
@@ -165,7 +167,7 @@ def read_setup(args) -> Setup:
     lowercase = config.lowercase if args.do_lower_case is None else args.do_lower_case
     vocab_file = _find_vocabulary(args, source, config)
     tokenizer = load_tokenizer(vocab_file, lowercase)
-    config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())
+    config.check_vocabulary(vocab_file, tokenizer.get_vocab_size(), vocabulary_sha256(tokenizer))
     return Setup(source, config, sparsity, tokenizer)
 
 

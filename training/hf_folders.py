@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.tokenization import KINDS, load_tokenizer
+from data.tokenization import KINDS, load_tokenizer, vocabulary_sha256
 from modeling import (
     PADDED_BIAS,
     BertConfig,
@@ -29,7 +29,7 @@ from training.flags import read_json
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
-SUITE_KEYS = ("lowercase", "model_name", "next_sentence", "tokenizer", "vocab_file")
+SUITE_KEYS = ("lowercase", "model_name", "next_sentence", "tokenizer", "vocab_file", "vocabulary_sha256")
 ARCHITECTURE_KEYS = tuple(field.name for field in fields(BertConfig) if field.name not in SUITE_KEYS)
 
 # Hugging Face's keys by which a config.json asks for another network than ours, and the value that does not.
@@ -102,7 +102,7 @@ def save_hf_folder(
     Hugging Face class that has its heads.
 
     Raises UsageError, before anything is written, for tensors that are not such a model's and for a vocabulary file
-    that load_tokenizer refuses or that has more entries than the model; and for a folder that is not writable.
+    that load_tokenizer or `BertConfig.check_vocabulary` refuses; and for a folder that is not writable.
     """
     folder = Path(path)
     tokenizer_files = {} if vocab_file is None else _tokenizer_files(config, Path(vocab_file))
@@ -247,7 +247,7 @@ def _hf_config(config: BertConfig, state_dict: dict[str, Tensor]) -> dict:
 def _tokenizer_files(config: BertConfig, vocab_file: Path) -> dict[str, str]:
     """Names and contents of the files from which AutoTokenizer makes the tokenizer that encoded the data."""
     tokenizer = load_tokenizer(vocab_file, config.lowercase, config.tokenizer)
-    config.check_vocabulary(vocab_file, tokenizer.get_vocab_size())
+    config.check_vocabulary(vocab_file, tokenizer.get_vocab_size(), vocabulary_sha256(tokenizer))
     # A BPE file that we built lacks what load_tokenizer adds, the [CLS] and [SEP] around sequences.
     content = vocab_file.read_text(encoding="utf-8") if config.tokenizer == "wordpiece" else tokenizer.to_str()
     tokenizer_config = {
