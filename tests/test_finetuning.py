@@ -132,12 +132,21 @@ def test_operands_are_made_for_the_engine_alone(slope, folder, data, tmp_path, m
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_finetuned_sparse_checkpoint_is_evaluated_alone(door, slope, folder, data, tmp_path):
+def test_a_finetuned_sparse_checkpoint_is_evaluated_alone(door, slope, folder, data, tmp_path, monkeypatch):
+    """Frozen, so that operands are made that no product has to round."""
+    trains, select = [], engine.select_backends
+
+    def record(model, *rest):
+        trains.append({parameter.requires_grad for parameter in model.parameters()})
+        select(model, *rest)
+
+    monkeypatch.setattr(engine, "select_backends", record)
     runs.run(door, flags(door, slope, data, tmp_path / "train", vocab_file=folder / "vocab.txt"))
     checkpoint = tmp_path / "train" / "finetune_ckpts" / "ckpt_2.pt"
     alone = flags(door, checkpoint, data, tmp_path / "alone", vocab_file=folder / "vocab.txt", do_train=None)
     runs.run(door, alone)
     assert results(tmp_path / "alone")["metrics"] == results(tmp_path / "train")["metrics"]
+    assert trains == [{True}, {False}]
 
 
 @pytest.mark.parametrize(

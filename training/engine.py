@@ -52,7 +52,7 @@ class Engine:
     """A model on its device, with the optimizer, loss scaling, operand refresh and gradient averaging around it.
 
     Args:
-        model: already pruned; moved to the world's device.
+        model: already pruned; moved to the world's device. One that is frozen has no optimizer: it is for evaluation.
         args: flags `optimizer, learning_rate, weight_decay, lora_weight_decay, lora_lr_scale, max_grad_norm,
             precision, double_prune_interval, sparse_backend, cuda_graphs`, and `gradient_communication` where there is
             one.
@@ -94,7 +94,9 @@ class Engine:
         select_backends(model, args.sparse_backend, self.dtype, tokens, report, other_tokens)
         groups = parameter_groups(model, args.weight_decay, args.lora_weight_decay, args.lora_lr_scale)
         scaled = args.precision == "fp16"
-        self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm, scaled)
+        self.optimizer = None
+        if groups:
+            self.optimizer = build_optimizer(args.optimizer, groups, args.learning_rate, args.max_grad_norm, scaled)
         if isinstance(self.optimizer, Lamb) and world.device.type == "cuda":
             try:
                 lamb_kernels(world.device)
@@ -104,7 +106,8 @@ class Engine:
         init_scale = 2.0**16 * world.size
         self.scaler = torch.amp.GradScaler(world.device.type, init_scale, enabled=scaled)
         self.refresh = OperandRefresh(model, args.double_prune_interval)
-        self.refresh.attach(self.optimizer)
+        if self.optimizer is not None:
+            self.refresh.attach(self.optimizer)
 
     def connect(self) -> None:
         """Get ready for the first micro-step: once the ranks are joined, and anew when parameters are added."""

@@ -124,6 +124,8 @@ class FineTuning:
             check_adapter_rank(model, setup.sparsity.lora_rank)
         if self.notes and not args.do_train:
             raise UsageError(f"--init_checkpoint: {self.notes[0]}; fine-tune it first, with --do_train")
+        if not args.do_train:
+            model.requires_grad_(False)
         if args.compile and not self.on_gpu:
             raise UsageError("--compile: only what a GPU runs is compiled; leave it out")
         sequences = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world.size)
