@@ -212,12 +212,13 @@ def agreed_vocabulary(config: BertConfig, start: Start, shards: ShardSet, heldou
     for part in (shards, heldout):
         if part is not None:
             known[f"{part.flag} {part.files[0].parent}"] = part.vocabulary_sha256
-    known = {who: sha256 for who, sha256 in known.items() if sha256 is not None}
+    first, agreed = None, None
     for who, sha256 in known.items():
-        first = next(iter(known))
-        if sha256 != known[first]:
+        if agreed is None:
+            first, agreed = who, sha256
+        elif sha256 not in (None, agreed):
             raise UsageError(f"{who}: is of another vocabulary than {first}; give what belongs together")
-    return next(iter(known.values()), None)
+    return agreed
 
 
 def settle_sparsity(args, start: Start) -> SparsityConfig:

@@ -176,8 +176,8 @@ def encode_group(task: EncodeTask) -> None:
     """Write the shards of one group."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     settings = task.settings
-    encoder, tokenizer = _load_encoder(task.vocabulary, settings.lowercase, settings.tokenizer)
-    special, sha256 = special_ids(tokenizer), vocabulary_sha256(tokenizer)
+    encoder, tokenizer, sha256 = _load_encoder(task.vocabulary, settings.lowercase, settings.tokenizer)
+    special = special_ids(tokenizer)
     text = tokenize(task.group, encoder)
     for shard in task.shards:
         key = random_key(settings.seed, SPLITS.index(task.group.split), shard.length, shard.dupe, task.group.index)
@@ -197,9 +197,9 @@ def encode_group(task: EncodeTask) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_encoder(vocabulary: Vocabulary, lowercase: bool, kind: str) -> tuple[SentenceEncoder, Tokenizer]:
+def _load_encoder(vocabulary: Vocabulary, lowercase: bool, kind: str) -> tuple[SentenceEncoder, Tokenizer, str]:
     tokenizer = load_tokenizer(vocabulary.path, lowercase, kind)
-    return SentenceEncoder(tokenizer), tokenizer
+    return SentenceEncoder(tokenizer), tokenizer, vocabulary_sha256(tokenizer)
 
 
 def tokenize(group: Group, encoder: SentenceEncoder) -> TokenizedText:
