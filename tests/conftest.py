@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices are
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from job_cluster import Cluster  # noqa: E402
 from machine_gpus import share_out  # noqa: E402
 from optimizer_toys import FusedLAMB  # noqa: E402
 from pretraining_runs import TrainingFiles, begin_run, make_files  # noqa: E402
@@ -49,6 +50,14 @@ def whole_run(files, tmp_path_factory) -> Path:
     run = begin_run(files.flags(output, eval_dir=files.heldout, eval_interval=10)).finish()
     assert run.code == 0, run.stderr
     return output
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A copy of the job scripts among stubs."""
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.clean_up()
 
 
 @pytest.fixture
