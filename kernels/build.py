@@ -58,7 +58,7 @@ class Library:
     needs_cutlass: bool = False
 
 
-SPARSE_GEMM_VARIANTS = 3
+SPARSE_GEMM_VARIANTS = 6
 LIBRARIES = {
     "operands": Library((Unit("operands.cu"),)),
     "adapters": Library((Unit("adapters.cu"),)),

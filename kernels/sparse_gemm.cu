@@ -2,7 +2,7 @@
 // C interface that chooses among them (the unit without VARIANT). kernels/autotune.py measures which tile wins a shape.
 #include "sparse_gemm.cuh"
 
-#define SLOPE_FOR_VARIANTS(DO) DO(0) DO(1) DO(2)
+#define SLOPE_FOR_VARIANTS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 
 #ifdef VARIANT
 
@@ -16,6 +16,15 @@
 #elif VARIANT == 2  // small matrices: four times as many tiles
 #define TILE 128, 128, 1, 1, 128, 64, 4
 #define TOKENS 128
+#elif VARIANT == 3  // pairs of 256 rows fit 768 outputs; 4096 outputs of 1024 tokens, 1024 of 4096: 64 pairs for the 66
+#define TILE 128, 256, 2, 1, 128, 64, 7
+#define TOKENS 256
+#elif VARIANT == 4  // 768 outputs of 4096, 8192, 16384 tokens are 66, 129, 258 pairs
+#define TILE 128, 192, 2, 1, 96, 64, 6
+#define TOKENS 192
+#elif VARIANT == 5  // few tokens: 768 outputs of 2048 are 66 pairs
+#define TILE 128, 96, 2, 1, 48, 48, 4
+#define TOKENS 96
 #endif
 
 namespace slope {

@@ -76,6 +76,7 @@ struct Tile {
   static_assert(Rows % (64 * Warpgroups) == 0 && Tokens % 8 == 0 && Tokens <= 256, "tile of whole instructions");
   static_assert(Tokens % LoadTokens == 0 && LoadTokens % 8 == 0, "loads of whole swizzle atoms");
   static_assert(Tokens % StoreTokens == 0 && StoreTokens % 8 == 0, "stores of whole swizzle atoms");
+  static_assert(Blocks == 2 || StoreTokens % 16 == 0, "stores of whole stmatrix steps");
   static_assert(TokenBytes % 1024 == 0 && StoreBytes % 1024 == 0, "swizzle atoms of 8 rows");
   static_assert(Stages >= 3 && StoreSlots >= 3, "rings");
 };

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels import autotune, backends, layout, ops
+from kernels import autotune, backends, build, layout, ops
 from sparse_ops import N, double_prune_mask, pack_bits, unpack_bits
 
-VARIANTS = 3
+VARIANTS = build.SPARSE_GEMM_VARIANTS
 
 
 def assert_rows_apart(matrix: Tensor) -> None:

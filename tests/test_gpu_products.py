@@ -87,7 +87,7 @@ def kernels():
 
 
 # ------------------------------------------------------------------------------------------------------- one product
-TOKENS = (1, 7, 129, 2688, 16383)  # 2688 is a whole number of every tile's width
+TOKENS = (1, 7, 129, 5376, 16383)  # 5376 is a whole number of every tile's width
 SIZES = [(16, 16), (520, 1040), (768, 1040), (1024, 1024)]  # out, in: rows and columns past the last whole tile too
 RANKS = (0, 8, 16, 24, 64)  # a quarter of a stage of adapter columns, half, three quarters, two stages
 

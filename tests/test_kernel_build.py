@@ -5,6 +5,7 @@ A script stands in for nvcc, so that nothing here needs the CUDA toolkit; one te
 
 import ctypes
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -97,6 +98,16 @@ def test_a_library_is_its_units(machine, monkeypatch):
         assert sum(f"-DVARIANT={i} -DEXTRA=on" in call for call in compiled) == 1
     assert all(f"-I{machine.folder / 'cutlass' / 'include'}" in call.split() for call in compiled)
     assert sum(word.endswith(".o") for word in linked.split()) == 3
+
+
+def test_every_tile_of_the_source_is_a_unit_and_can_be_chosen():
+    source = (ROOT / "kernels" / "sparse_gemm.cu").read_text()
+    every = [str(i) for i in range(build.SPARSE_GEMM_VARIANTS)]
+    assert re.findall(r"^#(?:el)?if VARIANT == (\d+)", source, re.MULTILINE) == every
+    chosen = re.search(r"^#define SLOPE_FOR_VARIANTS\(DO\) (.*)", source, re.MULTILINE)[1]
+    assert re.findall(r"DO\((\d+)\)", chosen) == every
+    units = [unit.defines.get("VARIANT") for unit in build.LIBRARIES["sparse_gemm"].units]
+    assert units == [None, *map(int, every)]
 
 
 def test_units_compile_side_by_side(machine, monkeypatch):
