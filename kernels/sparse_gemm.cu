@@ -8,7 +8,7 @@
 
 // rows, tokens; cluster of rows x tokens; tokens a load, tokens a store; store slots
 #if VARIANT == 0  // the fewest bytes of shared memory a product
-#define TILE 256, 192, 2, 1, 96, 48, 4
+#define TILE 256, 192, 2, 1, 96, 32, 7
 #define TOKENS 192
 #elif VARIANT == 1  // 132 multiprocessors: 2^k tokens x 1024 outputs fill their waves
 #define TILE 256, 168, 2, 1, 56, 56, 4

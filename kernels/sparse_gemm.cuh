@@ -79,6 +79,9 @@ struct Tile {
   static_assert(Blocks == 2 || StoreTokens % 16 == 0, "stores of whole stmatrix steps");
   static_assert(TokenBytes % 1024 == 0 && StoreBytes % 1024 == 0, "swizzle atoms of 8 rows");
   static_assert(Stages >= 3 && StoreSlots >= 3, "rings");
+  // A slot's barrier tells one fill from the next by one bit. A warpgroup may be a tile ahead of the other where the
+  // reduction has few stages; what it last waited for must then have freed the fill before the last one of this slot.
+  static_assert(StoreSlots > Chunks, "a slot is free before it can be waited for twice");
 };
 
 struct Schedule {
