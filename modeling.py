@@ -213,7 +213,22 @@ class NormOfSum(nn.LayerNorm):
         return super().forward(sum(parts[1:], parts[0]))
 
 
+class Embedded(NamedTuple):
+    """The embeddings twice, [T, H], for the first block's product and its residual sum.
+
+    So their gradients come apart, and the kernel of the embeddings' backward pass adds them up as it reads them.
+    """
+
+    product: Tensor
+    residual: Tensor
+
+
 class BertEmbeddings(nn.Module):
+    """Word, position and type, added up and normalised.
+
+    With `kernels` set, kernels/embedding_kernels.py runs it, and returns autocast's dtype, as the blocks do.
+    """
+
     def __init__(self, config: BertConfig):
         super().__init__()
         # [PAD] starts at 0 and takes no gradient as an input, only as an output of the tied decoder.
@@ -225,9 +240,23 @@ class BertEmbeddings(nn.Module):
         self.token_type_embeddings = _embedding(config, config.type_vocab_size)
         self.LayerNorm = NormOfSum(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.kernels = False
 
-    def forward(self, input_ids_BS: Tensor, token_type_ids_BS: Tensor, positions_T: Tensor | None = None) -> Tensor:
-        """Without `positions_T`, each row begins at position 0."""
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        token_type_ids_BS: Tensor,
+        positions_T: Tensor | None = None,
+        twice: bool = False,
+    ) -> Tensor | Embedded:
+        """Without `positions_T`, each row begins at position 0. Where kernels run, they return it `twice` if asked."""
+        if self.kernels:
+            from kernels.embedding_kernels import embed  # imports Triton, which CPU builds of torch lack
+
+            parts = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings, self.LayerNorm)
+            ids, probability = (input_ids_BS, positions_T, token_type_ids_BS), self.dropout.p if self.training else 0.0
+            embedded = embed(*parts, *ids, probability, twice)
+            return Embedded(*embedded) if twice else embedded
         if positions_T is None:
             positions_SH = self.position_embeddings.weight[: input_ids_BS.shape[1]]
         else:
@@ -359,7 +388,7 @@ class BertLayer(nn.Module):
 
     def forward(
         self,
-        hidden_TH: Tensor | Unfinished,
+        hidden_TH: Tensor | Embedded | Unfinished,
         attention: Attention,
         before: BertResidualOutput | None = None,
         hands_on: bool = False,
@@ -373,6 +402,8 @@ class BertLayer(nn.Module):
         residual_TH = hidden_TH
         if isinstance(hidden_TH, Unfinished):
             hidden_TH, residual_TH = before.end(hidden_TH, twice=True)
+        elif isinstance(hidden_TH, Embedded):
+            hidden_TH, residual_TH = hidden_TH
         hidden_TH, residual_TH = self.attention(hidden_TH, residual_TH, attention, places_R)
         activated_TI = self.intermediate(hidden_TH)
         if hands_on and torch.compiler.is_compiling():
@@ -391,7 +422,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = self.whole_last_block = False
 
-    def forward(self, hidden_TH: Tensor, attention: Attention, places_R: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_TH: Tensor | Embedded, attention: Attention, places_R: Tensor | None = None) -> Tensor:
         """Return the last block's output, with `places_R` of the tokens there alone, [R, H]."""
         if places_R is not None and self.whole_last_block:
             return rows_of(self(hidden_TH, attention), places_R)
@@ -447,12 +478,12 @@ class BertModel(nn.Module):
         what else the block has behind its attention is not computed (but for the pooler's tokens).
         """
         if isinstance(attention_mask, Packing):
-            firsts_B, mask = attention_mask.firsts, attention_mask
-            embedded = self.embeddings(input_ids, token_type_ids, attention_mask.positions)
+            firsts_B, mask, positions = attention_mask.firsts, attention_mask, attention_mask.positions
         else:
-            firsts_B = first_places(input_ids)
+            firsts_B, positions = first_places(input_ids), None
             mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-            embedded = self.embeddings(input_ids, token_type_ids)
+        twice = not self.encoder.checkpoint_activations  # which keeps what a block is given: one tensor
+        embedded = self.embeddings(input_ids, token_type_ids, positions, twice)
         if places_R is None:
             hidden = self.encoder(embedded, mask)
             return hidden, None if self.pooler is None else self.pooler(rows_of(hidden, firsts_B))
@@ -595,7 +626,8 @@ class BertForQuestionAnswering(nn.Module):
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
     """What torch.compile gets, one by one: blocks of one structure share one compilation; the last one's end.
 
-    Not the embeddings' lookups: compiled, their gradient would be added up by atomics, in no fixed order.
+    Not the embeddings' lookups: compiled, their gradient would be added up by atomics, in no fixed order. (Where the
+    embeddings have kernels, nothing calls their LayerNorm, and so nothing compiles it.)
     """
     blocks = model.bert.encoder.layer
     parts = [model.bert.embeddings.LayerNorm, *blocks, blocks[-1].output]
@@ -603,14 +635,15 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let Triton run GELU and the backward passes of the dense parts of the compiled blocks, on a GPU.
+    """Let Triton run the embeddings, GELU, and the backward passes of the compiled blocks' dense parts, on a GPU.
 
     Raises:
         KernelsUnavailable: there is no Triton.
     """
-    importlib.import_module("kernels.dense_kernels")  # only here, as CPU builds of torch lack Triton
-    for module in model.bert.encoder.modules():
-        if isinstance(module, (BertResidualOutput, BertIntermediate)):
+    for name in ("dense_kernels", "embedding_kernels"):
+        importlib.import_module(f"kernels.{name}")  # only here, as CPU builds of torch lack Triton
+    for module in model.bert.modules():
+        if isinstance(module, (BertEmbeddings, BertResidualOutput, BertIntermediate)):
             module.kernels = True
 
 

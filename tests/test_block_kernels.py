@@ -22,7 +22,7 @@ SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 HEADS = {"hidden_size": 96, "num_attention_heads": 3}
 
 
-@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_kernels"])
+@pytest.mark.parametrize("kernels", ["short_attention", "hopper_attention", "dense_kernels", "embedding_kernels"])
 def test_the_kernels_in_tritons_interpreter(kernels):
     run_interpreted(f"{kernels}_interpreted.py")
 
@@ -62,6 +62,34 @@ def test_the_dense_kernels_compile_for_hopper():
         assert kernel is dense._norm_backward or "div." not in ptx  # which divides sums of rows alone
         registers, spilled = registers_of(compiled)
         assert registers * 32 * dense.WARPS * dense.PROGRAMS_OF_PROCESSOR <= 65536 and not spilled, kernel
+
+
+def test_the_embeddings_kernels_compile_for_hopper():
+    """At BERT-Large's size: registers for the programs of one wave, and for eight that add rows up, each thread by
+    itself; nothing is added by atomics."""
+    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
+    from kernels import embedding_kernels as embedding
+
+    types = dict.fromkeys(("grad_out", "grad_skip", "out"), "*bf16") | {"seed": "*i32", "keys": "*i16"}
+    floats = "words positions types weight bias statistics grad_total shares grad total".split()
+    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("eps", "kept_scale"), "fp32")
+    types |= dict.fromkeys(("word_ids", "position_ids", "type_ids", "order"), "*i64")
+    types |= dict.fromkeys(("tokens", "length", "threshold", "padding"), "i32")
+    hidden = {"HIDDEN": 1024, "BLOCK": 1024}
+    of_tokens = hidden | {"ROWS": embedding.ROWS, "POSITIONS": True, "DROPOUT": True}
+    of_chunks = hidden | {"CHUNK": embedding.CHUNK, "ROWS": embedding.ROWS_OF_CHUNK}
+    of_shares = {"HIDDEN": 1024, "BLOCK": embedding.COLUMNS_OF_SHARES, "CHUNK": embedding.CHUNK}
+    for kernel, constants, programs in (
+        (embedding._embed, of_tokens, 8),
+        (embedding._embed_backward, of_tokens | {"SKIP": True}, embedding.PROGRAMS_OF_PROCESSOR),
+        (embedding._sum_runs, of_chunks, 8),
+        (embedding._join_runs, of_shares | {"SHARES": embedding.SHARES}, 8),
+    ):
+        compiled = compiled_for_hopper(kernel, types, constants, 4)
+        registers, spilled = registers_of(compiled)
+        assert registers * 32 * 4 * programs <= 65536 and not spilled, kernel
+        assert "atom.global" not in compiled.asm["ptx"] and "red.global" not in compiled.asm["ptx"]
+        assert kernel is not embedding._sum_runs or "bar.sync" not in compiled.asm["ptx"]
 
 
 def compiled_for_hopper(kernel, types: dict[str, str], constants: dict, warps: int):
@@ -179,13 +207,13 @@ def test_what_a_run_is_told_reaches_the_model(short):
 
 
 # --------------------------------------------------------------------------------------------------- the dense kernels
-def test_dense_kernels_run_in_the_blocks_alone():
+def test_dense_kernels_run_in_the_embeddings_and_the_blocks():
     pytest.importorskip("triton", reason="Triton is there for Linux alone")
     model = BertForPreTraining(BertConfig(**SIZES, **HEADS))
     use_kernels(model)
     told = [name for name, module in model.named_modules() if getattr(module, "kernels", False)]
     block = "bert.encoder.layer.0"
-    assert told == [f"{block}.attention.output", f"{block}.intermediate", f"{block}.output"]
+    assert told == ["bert.embeddings", f"{block}.attention.output", f"{block}.intermediate", f"{block}.output"]
 
 
 def test_dense_kernels_want_compiled_blocks():

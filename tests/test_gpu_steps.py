@@ -145,6 +145,18 @@ def test_losses_and_gradients_are_those_of_the_plain_path(sparsity, what):
         assert len(fast.engine.graphs.captured) > 1, "all micro-steps had one shape: the test shows less than it says"
 
 
+def test_the_embeddings_kernels_change_nothing_but_roundings():
+    """All else is the same: losses and gradients with them and without."""
+    plain, fast = begun(DENSE, **FAST), begun(DENSE, **FAST)
+    assert fast.engine.model.bert.embeddings.kernels
+    plain.engine.model.bert.embeddings.kernels = False
+    for seed in (0, 1, 0):
+        expected_losses, expected = gradients_of(plain, seed)
+        losses, found = gradients_of(fast, seed)
+        assert losses == pytest.approx(expected_losses, rel=5e-3)
+        assert_same_gradients(found, expected, bound=0.03)
+
+
 @pytest.mark.parametrize("sparsity", [DENSE, SLOPE], ids=["dense", "slope"])
 @pytest.mark.parametrize("what", ["cuda_graphs", "all"])
 def test_gradients_that_are_written_are_those_of_the_plain_path(sparsity, what):
