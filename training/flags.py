@@ -166,8 +166,8 @@ def add_dense_kernels_flag(group) -> None:
         const="True",
         default="auto",
         choices=("auto", "True", "False"),
-        help="GELU, and the backward passes of dropout and LayerNorm, by kernels of ours; auto: in a GPU's compiled "
-        "blocks",
+        help="the embeddings, GELU, and the backward passes of dropout and LayerNorm, by kernels of ours; auto: with a "
+        "GPU's compiled blocks",
     )
 
 
