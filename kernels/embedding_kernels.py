@@ -194,7 +194,10 @@ def _sum_runs(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`shares` [chunks, 2, HIDDEN]: of the run that began before the chunk, and of one from here that goes on."""
+    """`shares` [chunks, 2, HIDDEN]: of the run that began before the chunk, and of one from here that goes on.
+
+    Tokens of the id `padding` are not read, and are zeros.
+    """
     begin = tl.program_id(0) * CHUNK
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < HIDDEN
@@ -215,7 +218,7 @@ def _sum_runs(
             if key != run:  # which ends here
                 if run == before:
                     tl.store(share, added, mask=inside)
-                elif run != padding:
+                else:
                     tl.store(total + run.to(tl.int64) * HIDDEN + columns, added, mask=inside)
             added = tl.where(key != run, row, added + row)
             run = key
@@ -224,7 +227,7 @@ def _sum_runs(
             tl.store(share, added, mask=inside)
         elif run == after:
             tl.store(share + HIDDEN, added, mask=inside)
-        elif run != padding:
+        else:
             tl.store(total + run.to(tl.int64) * HIDDEN + columns, added, mask=inside)
 
 
@@ -243,7 +246,8 @@ def _join_runs(
     chunk = tl.program_id(0)
     border = (chunk + 1) * CHUNK
     run = _key(keys, border - 1, tokens)
-    goes_on = (run >= 0) & (run != padding) & (run == _key(keys, border, tokens))
+    goes_on = (run >= 0) & (run == _key(keys, border, tokens))
+    goes_on &= run != padding  # whose row is zero as it is
     if goes_on & (run != _key(keys, border - CHUNK - 1, tokens)):  # it is this program's: it begins in its chunk
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < HIDDEN
