@@ -192,7 +192,7 @@ class _DenseProduct(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
         rows, inputs = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        return grad_y @ weight, *(_weight_gradient(part, inputs) for part in rows.split(ctx.sizes, 1))
+        return grad_y @ weight, *_weight_gradient(rows, inputs).split(ctx.sizes)
 
 
 def _weight_gradient(grad_rows: Tensor, inputs: Tensor) -> Tensor:
