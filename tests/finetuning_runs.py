@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pretraining_runs
+import pytest
 import torch
 import transformers
 from pretraining_runs import Finished, kill_after, snapshot
@@ -246,3 +247,33 @@ def losses(output: Path) -> list[float]:
 
 def weights(output: Path, step: int) -> dict[str, Tensor]:
     return load_checkpoint(output / "finetune_ckpts" / f"ckpt_{step}.pt")["model"]
+
+
+# ------------------------------------------------------------------------------------------------------------- backends
+def check_both_backends(folder: Path, door: str, adapters: bool, steps: int = 24, **changes) -> None:
+    """Losses of all steps, and the matrices at the end, are those of dense operands: to bf16's roundings.
+
+    Args:
+        changes: flags of both runs.
+    """
+    model, data = make_folder(folder / "model"), folder / "data"
+    if door == "run_glue":
+        write_sst2(data)
+    else:
+        data.mkdir()
+        for split, seed in (("train", 0), ("dev", 1)):
+            write_questions(data / f"{split}.json", seed=seed)
+    sparse = {"sparse_backend": "dense"} | ({} if adapters else {"add_lora": None})
+    flags = {"init_checkpoint": pretrain(folder / "sparse", model / "vocab.txt", **sparse)} | changes
+    flags |= {"vocab_file": model / "vocab.txt", "precision": "bf16", "max_steps": steps}
+    for backend in ("dense", "cutlass"):
+        command_of = glue if door == "run_glue" else squad
+        said = run(door, command_of(model, data, folder / backend, **flags, sparse_backend=backend))
+        assert ("cutlass (" in said) == (backend == "cutlass"), said
+    found, right = losses(folder / "cutlass"), losses(folder / "dense")
+    assert len(found) == steps and found == pytest.approx(right, rel=2e-3)
+    ends = {backend: weights(folder / backend, steps) for backend in ("cutlass", "dense")}
+    for name, matrix in ends["dense"].items():
+        if matrix.is_floating_point() and not name.endswith("bias"):  # those of keys have no gradient but roundings
+            difference = (ends["cutlass"][name] - matrix).norm() / matrix.norm()
+            assert difference < 0.03, f"{name}: {difference:.4f}"

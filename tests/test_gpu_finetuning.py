@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from finetuning_runs import glue, make_folder, pretrain, run, squad, write_questions, write_sst2
+from finetuning_runs import check_both_backends, glue, make_folder, pretrain, run, squad, write_questions, write_sst2
 
 from training.graphs import MicroStepGraphs
 
@@ -58,3 +58,10 @@ def test_squad_with_graphs_of_several_shapes_and_accumulation(tmp_path, monkeypa
         run("run_squad", squad(folder, data, tmp_path / name, precision="bf16", **lengths, **flags))
     assert len(captured) > 1 and {len(shape) for shape in captured} == {2 if unpad == "False" else 1}
     assert losses(tmp_path / "graphs") == pytest.approx(losses(tmp_path / "plain"), rel=0.03)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["r = 0", "adapters"])
+@pytest.mark.parametrize("attention", ["flash", "auto"])
+@pytest.mark.parametrize("door", ["run_glue", "run_squad"])
+def test_both_backends_learn_the_same(tmp_path, door, attention, adapters):
+    check_both_backends(tmp_path, door, adapters, attention=attention)
