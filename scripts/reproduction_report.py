@@ -1,10 +1,10 @@
-"""The table and the picture of scripts/reproduce.py, from the logs, results and checkpoints of the runs."""
+"""The table and the picture of scripts/reproduce.py: of logs or summaries, fine-tuning results and densities."""
 
 import csv
 import json
 import shutil
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,7 @@ from training.flags import read_json
 
 MARKERS = ("<!-- reproduce.sh writes from here -->", "<!-- to here -->")
 DOCS_PICTURE = "reproduction.png"
+SUMMARY = "summary.json"
 WINDOW = 20  # steps before one, whose median its loss is compared with
 TO_EXPLAIN = 0.15  # nats above dense
 ZOOM = 0.8  # share of the tokens after which the right half of the picture begins
@@ -32,77 +33,131 @@ ZOOM = 0.8  # share of the tokens after which the right half of the picture begi
 
 # -------------------------------------------------------------------------------------------------------- what is there
 @dataclass(frozen=True)
-class RunLog:
-    """What one run has logged so far, in numbers; empty cells are left out."""
+class Evaluation:
+    """On held-out text."""
+
+    step: int
+    tokens: float
+    """Seen up to and with this step."""
+    mlm_loss: float
+    mlm_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the report tells of one run so far; in its folder as summary.json, so that a report needs no logs."""
+
+    steps: int
+    steps_with_adapters: int
+    tokens: float
+    """Real ones, seen in all."""
+    tokens_before_adapters: float | None
+    """Seen up to and with the first step that has any; None: no step has."""
+    seconds: float
+    """Of all steps."""
+    largest_rise: float | None
+    """Nats of a step's MLM loss above the median of the `WINDOW` steps before it, at most."""
+    tokens_per_second: float | None
+    """Median of the steps without adapters. Speeds and memory are those of the model as it is at the end: of a run
+    that was pruned half-way, after that."""
+    tokens_per_second_with_adapters: float | None
+    peak_memory_gb: float | None
+    evaluations: list[Evaluation]
+
+    @classmethod
+    def of_rows(cls, rows: list[dict[str, float]], settings: Settings, pruned_at: int = 0) -> "Summary":
+        """Of a log in numbers, whose empty cells are left out."""
+        seconds = [settings.global_batch_size / row["sequences_per_second"] for row in rows]
+        steps = zip(rows, seconds, strict=True)
+        tokens = list(accumulate(row["tokens_per_second"] * duration for row, duration in steps))
+        counted = list(zip(rows, tokens, strict=True))
+        own = [row for row in rows if row["step"] > pruned_at]
+        return cls(
+            steps=int(rows[-1]["step"]),
+            steps_with_adapters=sum(row["adapters"] == 1 for row in rows),
+            tokens=tokens[-1],
+            tokens_before_adapters=next((seen for row, seen in counted if row["adapters"]), None),
+            seconds=sum(seconds),
+            largest_rise=_largest_rise([row["mlm_loss"] for row in rows]),
+            tokens_per_second=_median_speed(own, adapters=False),
+            tokens_per_second_with_adapters=_median_speed(own, adapters=True),
+            peak_memory_gb=max((row["peak_memory_gb"] for row in own if "peak_memory_gb" in row), default=None),
+            evaluations=[
+                Evaluation(int(row["step"]), seen, row["heldout_mlm_loss"], row.get("heldout_mlm_accuracy"))
+                for row, seen in counted
+                if "heldout_mlm_loss" in row
+            ],
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Summary":
+        found = read_json(str(path), "--output_dir")
+        try:
+            evaluations = [Evaluation(**evaluation) for evaluation in found.pop("evaluations")]
+            return cls(**found, evaluations=evaluations)
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"--output_dir {path}: is no summary of this script ({error}); give the logs") from error
+
+    def save(self, path: Path) -> None:
+        write_atomic(path, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _largest_rise(losses: list[float]) -> float | None:
+    above = (losses[i] - median(losses[i - WINDOW : i]) for i in range(WINDOW, len(losses)))
+    return max(above, default=None)
+
+
+def _median_speed(rows: list[dict[str, float]], adapters: bool) -> float | None:
+    found = [row["tokens_per_second"] for row in rows if bool(row["adapters"]) == adapters]
+    return median(found) if found else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that has taken a step."""
 
     name: str
-    title: str
     settings: Settings
-    rows: list[dict[str, float]]
+    summary: Summary
     density: dict | None
 
     @property
-    def branch(self) -> int:
-        """Last step of the phase before, which is another run's: 0 but for the run that was pruned."""
-        recipe = RECIPES[self.name]
-        return self.settings.step_of(recipe.branch) if recipe.new_phase else 0
-
-    @property
-    def own_rows(self) -> list[dict[str, float]]:
-        """For speed and memory: those of the model as it is at the end, adapters aside."""
-        return [row for row in self.rows if row["step"] > self.branch]
+    def title(self) -> str:
+        return self.settings.title(self.name)
 
     @property
     def finished(self) -> bool:
-        return self.rows[-1]["step"] == self.settings.steps
+        return self.summary.steps == self.settings.steps
 
-    def seconds(self, row: dict[str, float]) -> float:
-        return self.settings.global_batch_size / row["sequences_per_second"]
-
-    @cached_property
-    def tokens(self) -> list[float]:
-        """Real ones, seen up to and with each row's step."""
-        total, totals = 0.0, []
-        for row in self.rows:
-            total += row["tokens_per_second"] * self.seconds(row)
-            totals.append(total)
-        return totals
-
-    @cached_property
-    def heldout(self) -> list[tuple[int, float, float]]:
-        """(step, tokens, MLM loss) of each evaluation."""
-        rows = zip(self.rows, self.tokens, strict=True)
-        return [(int(row["step"]), seen, row["heldout_mlm_loss"]) for row, seen in rows if "heldout_mlm_loss" in row]
-
-    def tokens_per_second(self, adapters: bool) -> float | None:
-        found = [row["tokens_per_second"] for row in self.own_rows if bool(row["adapters"]) == adapters]
-        return median(found) if found else None
-
-    def peak_memory(self) -> float | None:
-        return max((row["peak_memory_gb"] for row in self.own_rows if "peak_memory_gb" in row), default=None)
-
-    def largest_spike(self) -> float | None:
-        """Nats of a step's MLM loss above the median of the `WINDOW` steps before it, at most."""
-        losses = [row["mlm_loss"] for row in self.rows]
-        above = [losses[i] - median(losses[i - WINDOW : i]) for i in range(WINDOW, len(losses))]
-        return max(above, default=None)
+    @property
+    def last(self) -> Evaluation | None:
+        return self.summary.evaluations[-1] if self.summary.evaluations else None
 
 
-def read_logs(output_dir: Path, settings: Settings) -> dict[str, RunLog]:
-    """Of the runs that have taken a step.
+def read_runs(output_dir: Path, settings: Settings) -> dict[str, Run]:
+    """The runs that have taken a step, by their logs, or where these are gone by their summaries.
 
     Raises:
-        UsageError: there is none, or a log is not this suite's.
+        UsageError: there is none, or a file is not this suite's.
     """
-    logs = {}
+    runs = {}
     for name in RECIPES:
-        path = output_dir / name / metrics_name()
-        rows = _read_rows(path) if path.exists() else []
-        if rows:
-            logs[name] = RunLog(name, settings.title(name), settings, rows, _read_density(output_dir / name))
-    if not logs:
+        directory = output_dir / name
+        summary = _read_summary(directory, settings, name)
+        if summary is not None:
+            runs[name] = Run(name, settings, summary, _read_density(directory))
+    if not runs:
         raise UsageError(f"--output_dir {output_dir}: no run has taken a step yet")
-    return logs
+    return runs
+
+
+def _read_summary(directory: Path, settings: Settings, name: str) -> Summary | None:
+    log, path, recipe = directory / metrics_name(), directory / SUMMARY, RECIPES[name]
+    if log.exists():
+        rows = _read_rows(log)
+        pruned_at = settings.step_of(recipe.branch) if recipe.new_phase else 0
+        return Summary.of_rows(rows, settings, pruned_at) if rows else None
+    return Summary.load(path) if path.exists() else None
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -148,10 +203,10 @@ def expected_density(n: int = 2, m: int = 4) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
-def table(output_dir: Path, logs: dict[str, RunLog]) -> str:
+def table(output_dir: Path, runs: dict[str, Run]) -> str:
     """Markdown; a row of which no run has anything is left out."""
-    columns = [_column(log, logs.get("dense")) | _scores(output_dir, log.name) for log in logs.values()]
-    lines = ["| | " + " | ".join(log.title for log in logs.values()) + " |", "| --- " * (len(logs) + 1) + "|"]
+    columns = [_column(run, runs.get("dense")) | _scores(output_dir, run.name) for run in runs.values()]
+    lines = ["| | " + " | ".join(run.title for run in runs.values()) + " |", "| --- " * (len(runs) + 1) + "|"]
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [column.get(label) or "" for column in columns]
         if any(cells):
@@ -159,41 +214,42 @@ def table(output_dir: Path, logs: dict[str, RunLog]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _column(log: RunLog, dense: RunLog | None) -> dict[str, str | None]:
-    steps, with_adapters = int(log.rows[-1]["step"]), sum(row["adapters"] == 1 for row in log.rows)
-    last = log.heldout[-1] if log.heldout else None
-    best = min(log.heldout, key=lambda point: point[2], default=None)
-    accuracy = [row["heldout_mlm_accuracy"] for row in log.rows if "heldout_mlm_accuracy" in row]
-    memory, density = log.peak_memory(), log.density or {}
-    dense_memory = dense and dense.peak_memory()
-    comparable = log is not dense and log.finished and dense is not None and dense.finished and last and dense.heldout
+def _column(run: Run, dense: Run | None) -> dict[str, str | None]:
+    found, last, density = run.summary, run.last, run.density or {}
+    best = min(found.evaluations, key=lambda evaluation: evaluation.mlm_loss, default=None)
+    dense_memory = dense and dense.summary.peak_memory_gb
+    comparable = run is not dense and run.finished and dense is not None and dense.finished and last and dense.last
     return {
-        "steps": f"{steps:,}" + ("" if log.finished else f" of {log.settings.steps:,}"),
-        "of them with adapters": f"{with_adapters:,}",
-        "tokens seen, millions": f"{log.tokens[-1] / 1e6:.1f}",
-        "held-out MLM loss, last": last and f"{last[2]:.3f}",
-        "held-out MLM loss, last, above dense": f"{last[2] - dense.heldout[-1][2]:+.3f}" if comparable else None,
-        "held-out MLM loss, best": best and f"{best[2]:.3f} (step {best[0]:,})",
-        "held-out MLM accuracy, last": f"{accuracy[-1]:.4f}" if accuracy else None,
-        f"largest rise of a step's MLM loss over the median of {WINDOW} before": _number(log.largest_spike(), ".3f"),
-        **_speeds(log, dense),
-        "peak memory, GB": _number(memory, ".2f"),
-        "peak memory, against dense": f"x{memory / dense_memory:.2f}" if memory and dense_memory else None,
-        "time of all steps, s": f"{sum(map(log.seconds, log.rows)):,.0f}",
+        "steps": f"{found.steps:,}" + ("" if run.finished else f" of {run.settings.steps:,}"),
+        "of them with adapters": f"{found.steps_with_adapters:,}",
+        "tokens seen, millions": f"{found.tokens / 1e6:.1f}",
+        "held-out MLM loss, last": last and f"{last.mlm_loss:.3f}",
+        "held-out MLM loss, last, above dense": f"{last.mlm_loss - dense.last.mlm_loss:+.3f}" if comparable else None,
+        "held-out MLM loss, best": best and f"{best.mlm_loss:.3f} (step {best.step:,})",
+        "held-out MLM accuracy, last": last and _number(last.mlm_accuracy, ".4f"),
+        f"largest rise of a step's MLM loss over the median of {WINDOW} before": _number(found.largest_rise, ".3f"),
+        **_speeds(found, dense and dense.summary),
+        "peak memory, GB": _number(found.peak_memory_gb, ".2f"),
+        "peak memory, against dense": _ratio(found.peak_memory_gb, dense_memory),
+        "time of all steps, s": f"{found.seconds:,.0f}",
         "parameters, millions": _number(density.get("parameters", 0) / 1e6 or None, ".2f"),
         "density of W^R (2:4: 0.5)": _number(density.get("forward"), ".4f"),
         f"density of W^{{R,C}} (the formula, 2:4: {expected_density():.5f})": _number(density.get("backward"), ".4f"),
     }
 
 
-def _speeds(log: RunLog, dense: RunLog | None) -> dict[str, str | None]:
+def _speeds(found: Summary, dense: Summary | None) -> dict[str, str | None]:
     """Of steps without and with adapters, each also against dense, which has none."""
-    dense_speed, rows = dense and dense.tokens_per_second(adapters=False), {}
-    for name, adapters in (("without", False), ("with", True)):
-        label, speed = f"tokens/s, median step {name} adapters", log.tokens_per_second(adapters)
+    rows, speeds = {}, {"without": found.tokens_per_second, "with": found.tokens_per_second_with_adapters}
+    for name, speed in speeds.items():
+        label = f"tokens/s, median step {name} adapters"
         rows[label] = _number(speed, ",.0f")
-        rows[f"{label}, against dense"] = f"x{speed / dense_speed:.2f}" if speed and dense_speed else None
+        rows[f"{label}, against dense"] = _ratio(speed, dense and dense.tokens_per_second)
     return rows
+
+
+def _ratio(value: float | None, dense: float | None) -> str | None:
+    return f"x{value / dense:.2f}" if value and dense else None
 
 
 def _number(value: float | None, form: str) -> str | None:
@@ -218,18 +274,20 @@ def _scores(output_dir: Path, name: str) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
-def draw(logs: dict[str, RunLog], picture: Path) -> None:
+def draw(runs: dict[str, Run], picture: Path) -> None:
     """Held-out MLM loss over tokens: all of it, and its end."""
     figure, (whole, end) = plt.subplots(1, 2, figsize=(12, 5), dpi=150, layout="constrained")
-    drawn = {name: log for name, log in logs.items() if log.heldout}
-    last = max((log.heldout[-1][1] for log in drawn.values()), default=0.0) / 1e6
+    drawn = {name: run for name, run in runs.items() if run.last}
+    last = max((run.last.tokens for run in drawn.values()), default=0.0) / 1e6
     for axes in (whole, end):
         lowest, highest = [], []
-        for name, log in drawn.items():
+        for name, run in drawn.items():
             color, line = f"C{list(RECIPES).index(name)}", "--" if RECIPES[name].source else "-"
-            tokens, losses = [seen / 1e6 for _, seen, _ in log.heldout], [loss for _, _, loss in log.heldout]
-            axes.plot(tokens, losses, line, color=color, marker=".", linewidth=1.2, label=log.title)
-            _mark_adapters(axes, log, color)
+            points = [(evaluation.tokens / 1e6, evaluation.mlm_loss) for evaluation in run.summary.evaluations]
+            tokens, losses = zip(*points, strict=True)
+            axes.plot(tokens, losses, line, color=color, marker=".", linewidth=1.2, label=run.title)
+            if run.summary.tokens_before_adapters is not None:
+                axes.axvline(run.summary.tokens_before_adapters / 1e6, color=color, linestyle=":", linewidth=1)
             near = [loss for seen, loss in zip(tokens, losses, strict=True) if seen >= ZOOM * last]
             lowest, highest = [*lowest, *near], [*highest, *near]
         axes.set_xlabel("tokens seen, millions")
@@ -248,23 +306,22 @@ def draw(logs: dict[str, RunLog], picture: Path) -> None:
     plt.close(figure)
 
 
-def _mark_adapters(axes, log: RunLog, color: str) -> None:
-    first = next((seen for row, seen in zip(log.rows, log.tokens, strict=True) if row["adapters"]), None)
-    if first is not None:
-        axes.axvline(first / 1e6, color=color, linestyle=":", linewidth=1)
-
-
 # ----------------------------------------------------------------------------------------------------------- the report
 def write_report(output_dir: Path, command: str, docs: Path | None) -> str:
     """Write OUTPUT_DIR/report.md and curves.png and, with `docs`, the same between that document's markers.
+
+    Of finished runs also summary.json, so that their logs may go.
 
     Raises:
         UsageError: there is nothing to report, or the document has no markers.
     """
     settings = Settings.load(output_dir)
-    logs = read_logs(output_dir, settings)
-    draw(logs, output_dir / "curves.png")
-    texts = [_text(output_dir, settings, logs, command, picture) for picture in ("curves.png", DOCS_PICTURE)]
+    runs = read_runs(output_dir, settings)
+    for run in runs.values():
+        if run.finished:
+            run.summary.save(output_dir / run.name / SUMMARY)
+    draw(runs, output_dir / "curves.png")
+    texts = [_text(output_dir, settings, runs, command, picture) for picture in ("curves.png", DOCS_PICTURE)]
     write_atomic(output_dir / "report.md", texts[0])
     if docs is not None:
         _write_into(docs, texts[1])
@@ -283,24 +340,24 @@ def _write_into(docs: Path, text: str) -> None:
     write_atomic(docs, content[: begin + len(MARKERS[0])] + f"\n\n{text}\n" + content[end:])
 
 
-def _text(output_dir: Path, settings: Settings, logs: dict[str, RunLog], command: str, picture: str) -> str:
-    unfinished = [log.title for log in logs.values() if not log.finished]
+def _text(output_dir: Path, settings: Settings, runs: dict[str, Run], command: str, picture: str) -> str:
+    unfinished = [run.title for run in runs.values() if not run.finished]
     parts = [
         f"![Held-out masked-token loss over tokens]({picture})",
-        table(output_dir, logs).rstrip("\n"),
-        _machines(output_dir, logs),
+        table(output_dir, runs).rstrip("\n"),
+        _machines(output_dir, runs),
         f"```\n{command}\n```",
-        _description(settings, logs),
-        *_findings(logs),
+        _description(settings, runs),
+        *_findings(runs),
     ]
     if unfinished:
         parts.append(f"Not finished yet: {'; '.join(unfinished)}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _machines(output_dir: Path, logs: dict[str, RunLog]) -> str:
+def _machines(output_dir: Path, runs: dict[str, Run]) -> str:
     entries = []
-    for name in logs:
+    for name in runs:
         path = output_dir / name / "machines.json"
         entries += json.loads(path.read_text()) if path.exists() else []
     if not entries:
@@ -310,7 +367,7 @@ def _machines(output_dir: Path, logs: dict[str, RunLog]) -> str:
     return f"Run on {machines}, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}:"
 
 
-def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
+def _description(settings: Settings, runs: dict[str, Run]) -> str:
     model, half = settings.model, settings.step_of(5)
     lines = [
         f"BERT of {model['num_hidden_layers']} layers, {model['hidden_size']} wide, vocabulary "
@@ -325,7 +382,7 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
         + ", ".join(f"{task} {flags[flags.index('--num_train_epochs') + 1]}" for task, (flags, *_) in TASKS.items())
         + ".",
     ]
-    if any(RECIPES[name].source == "slope" for name in logs):
+    if any(RECIPES[name].source == "slope" for name in runs):
         lines.append(
             "Runs with adapters are SLoPe's run up to the checkpoint at 90% of the steps and go on from there; their "
             "times count the part that they share."
@@ -335,9 +392,9 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
                 else ""
             )
         )
-    if "pruned_half" in logs:
+    if "pruned_half" in runs:
         lines.append(
-            f"`{logs['pruned_half'].title}` is the dense run up to step {half:,}, pruned by magnitude there; its "
+            f"`{runs['pruned_half'].title}` is the dense run up to step {half:,}, pruned by magnitude there; its "
             "learning rate goes on along the same curve, as a second phase without warm-up; LAMB's moments begin anew, "
             "and order, masks and dropout of its second half are those of the next seed. Its speed and memory are "
             "those after pruning."
@@ -345,18 +402,18 @@ def _description(settings: Settings, logs: dict[str, RunLog]) -> str:
     return "\n".join(lines)
 
 
-def _findings(logs: dict[str, RunLog]) -> list[str]:
+def _findings(runs: dict[str, Run]) -> list[str]:
     """Of finished runs: how far above dense each ends, where that needs an explanation."""
-    dense = logs.get("dense")
-    if dense is None or not dense.finished or not dense.heldout:
+    dense = runs.get("dense")
+    if dense is None or not dense.finished or not dense.last:
         return []
     found = []
-    for log in logs.values():
-        above = log.heldout[-1][2] - dense.heldout[-1][2] if log.finished and log.heldout else 0.0
+    for run in runs.values():
+        above = run.last.mlm_loss - dense.last.mlm_loss if run.finished and run.last else 0.0
         if above > TO_EXPLAIN:
-            step = next(step for step, _, loss in dense.heldout if loss <= log.heldout[-1][2])
+            step = next(each.step for each in dense.summary.evaluations if each.mlm_loss <= run.last.mlm_loss)
             share = step / dense.settings.steps
-            found.append(f"- {log.title}: {above:.2f}, where dense was by step {step:,}, {share:.0%} of the steps")
+            found.append(f"- {run.title}: {above:.2f}, where dense was by step {step:,}, {share:.0%} of the steps")
     if not found:
         return []
     return ["\n".join([f"**More than {TO_EXPLAIN} nats above dense at the end, to be explained:**", *found])]

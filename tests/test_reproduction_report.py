@@ -10,7 +10,7 @@ import pytest
 from finetuning_runs import write
 from pretraining_runs import ROOT
 from reproduction_calls import call, report_rows, settings
-from reproduction_report import MARKERS, expected_density, read_logs  # scripts, found through reproduction_calls
+from reproduction_report import MARKERS, expected_density, read_runs  # scripts, found through reproduction_calls
 from reproduction_runs import PREFIX, RECIPES, Settings
 
 
@@ -96,9 +96,38 @@ def test_steps_with_adapters_are_compared_with_dense_too(logged, capsys):
 
 
 def test_tokens_of_the_curves(logged):
-    log = read_logs(logged, Settings.load(logged))["slope"]
-    assert log.tokens[:3] == [100, 200, 300]
-    assert log.heldout[0] == (2, 200, pytest.approx(8.0))
+    summary = read_runs(logged, Settings.load(logged))["slope"].summary
+    assert [evaluation.tokens for evaluation in summary.evaluations[:2]] == [200, 400]
+    first = summary.evaluations[0]
+    assert (first.step, first.mlm_loss, first.mlm_accuracy) == (2, pytest.approx(8.0), None)
+    assert summary.tokens == 6000
+
+
+def test_a_report_needs_no_logs_of_finished_runs(logged, capsys):
+    write_log(logged, "lazy_10", [8 - step / 10 for step in range(1, 61)], adapters=1)
+    assert call(["--report", "--output_dir", str(logged)]) == 0
+    text, picture = (logged / "report.md").read_text(), (logged / "curves.png").read_bytes()
+    for name in ("dense", "slope", "lazy_10"):
+        (logged / name / f"{PREFIX}_metrics.csv").unlink()
+    assert call(["--report", "--output_dir", str(logged)]) == 0
+    assert (logged / "report.md").read_text() == text and (logged / "curves.png").read_bytes() == picture
+    (logged / "lazy_1" / f"{PREFIX}_metrics.csv").unlink()  # not finished: only its log tells of it
+    assert report_rows(logged, capsys)["steps"] == ["60", "60", "60"]
+
+
+def test_a_log_counts_more_than_a_summary(logged, capsys):
+    report_rows(logged, capsys)
+    write_log(logged, "slope", [5.0] * 60)
+    assert report_rows(logged, capsys)["held-out MLM loss, last"] == ["2.000", "5.000", "4.000"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"evaluations": [{"step": 1}]}', "no JSON"])
+def test_a_summary_of_something_else_is_refused(logged, capsys, content):
+    (logged / "slope" / f"{PREFIX}_metrics.csv").unlink()
+    write(logged / "slope" / "summary.json", content)
+    assert call(["--report", "--output_dir", str(logged)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"--output_dir {logged}/slope/summary.json: " in said
 
 
 def test_density_by_the_papers_formula():
