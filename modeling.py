@@ -108,6 +108,17 @@ class BertConfig:
                 "give that one"
             )
 
+    def check_pairs(self, source: str) -> None:
+        """Raise UsageError, starting with `source`, where the model has no second token type for a pair's second text.
+
+        Nothing else would notice on a GPU, whose kernels read the tables without looking at the ids.
+        """
+        if self.type_vocab_size < 2:
+            raise UsageError(
+                f"{source}: pairs of texts are of token types 0 and 1; the model's type_vocab_size must be at least 2, "
+                f"and is {self.type_vocab_size}"
+            )
+
     @classmethod
     def from_dict(cls, values: dict, source: str = "model config") -> "BertConfig":
         """Raise UsageError, starting with `source`, for an unknown key, a missing size or a value out of range."""

@@ -59,6 +59,8 @@ def main() -> None:
     world = this_process(use_cuda=not args.no_cuda)
     report = reporter(world)
     task, setup = get_task(args.task_name), read_setup(args)
+    if task.pairs:
+        setup.config.check_pairs(f"--task_name {args.task_name}")
     args.task_name = task.name  # its one spelling: a run is the same run when it is started again with another
     for split in splits_to_read(args, task):
         find_file(task, args.data_dir, split)

@@ -67,6 +67,7 @@ def main() -> None:
     args = parse_arguments()
     world = this_process(use_cuda=not args.no_cuda)
     setup = read_setup(args)
+    setup.config.check_pairs(f"--init_checkpoint {args.init_checkpoint}")
     run_job(args, world, setup, SquadJob(args, world, setup), reporter(world))
 
 

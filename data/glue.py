@@ -67,6 +67,11 @@ class Task:
     """Whether the published train and dev files hold rows that lack columns, which every reader passes over."""
 
     @property
+    def pairs(self) -> bool:
+        """Whether its examples have two sentences."""
+        return any("sentence2" in layout.columns for layout in self.layouts)
+
+    @property
     def regression(self) -> bool:
         return self.score_range is not None
 

@@ -347,6 +347,17 @@ def test_wrong_shards(files, tmp_path, flag, spoil, words):
     refused(files.flags(output, **{flag: folder}), output, f"--{flag}", str(folder), words)
 
 
+def test_pairs_need_a_second_token_type(files, tmp_path):
+    model = write_model(tmp_path / "model.json", type_vocab_size=1)
+    for flag, folder in (("input_dir", files.train), ("eval_dir", files.heldout), ("input_dir", files.premasked)):
+        flags = files.flags(tmp_path / "out", model_config_file=model, **{flag: folder})
+        refused(
+            flags, tmp_path / "out", ": pairs of texts are of token types 0 and 1; the model's type_vocab_size must"
+        )
+    model = write_model(tmp_path / "model.json", type_vocab_size=1, next_sentence=False)
+    run(files.flags(tmp_path / "out", model_config_file=model, input_dir=files.single, max_steps=1))
+
+
 def test_shards_of_another_vocabulary(files, tmp_path):
     """Than the held-out ones, the checkpoint that a run goes on from, or one that it starts from."""
     folders, options = {}, {"vocab_size": VOCAB_SIZE, "length": LENGTH, "count": 20}

@@ -170,6 +170,15 @@ def test_a_flag_that_contradicts_the_checkpoint(changes, said, slope, folder, da
     assert not any(tmp_path.iterdir())
 
 
+def test_pairs_need_a_second_token_type(data, tmp_path):
+    model, output = runs.make_folder(tmp_path / "model", type_vocab_size=1), tmp_path / "out"
+    pairs = glue(model, runs.write_stsb(tmp_path / "STS-B"), output, task_name="sts-b")
+    for door, command in (("run_squad", squad(model, data, output)), ("run_glue", pairs)):
+        assert "must be at least 2, and is 1" in runs.refused(door, command)
+    assert not output.exists()
+    run("run_glue", glue(model, data / "SST-2", output, max_steps=1))  # single sentences
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_another_vocabulary_of_the_same_size_is_refused(door, folder, slope, data, tmp_path):
     entries = (folder / "vocab.txt").read_text().splitlines()
