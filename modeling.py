@@ -109,10 +109,7 @@ class BertConfig:
             )
 
     def check_pairs(self, source: str) -> None:
-        """Raise UsageError, starting with `source`, where the model has no second token type for a pair's second text.
-
-        Nothing else would notice on a GPU, whose kernels read the tables without looking at the ids.
-        """
+        """Raise UsageError, starting with `source`, where there is no second token type for a pair's second text."""
         if self.type_vocab_size < 2:
             raise UsageError(
                 f"{source}: pairs of texts are of token types 0 and 1; the model's type_vocab_size must be at least 2, "

@@ -190,10 +190,9 @@ def open_shards(args, config: BertConfig) -> tuple[ShardSet, ShardSet | None]:
             opened.append(None)
             continue
         shards = ShardSet(local_copy(address), flag=f"--{name}")
-        shards.check(config.vocab_size, config.max_position_embeddings, args.max_predictions_per_seq)
-        if shards.has_next_sentence:
-            config.check_pairs(f"--{name} {address}")
-        elif config.next_sentence:
+        sizes = (config.vocab_size, config.max_position_embeddings, args.max_predictions_per_seq)
+        shards.check(*sizes, config.type_vocab_size)
+        if config.next_sentence and not shards.has_next_sentence:
             raise UsageError(
                 f"--{name} {address}: holds single sequences, but the model configuration asks for next-sentence "
                 "prediction; set next_sentence in it to false, or give shards of sentence pairs"

@@ -62,7 +62,9 @@ def random_batch(
     places = torch.rand(*leading, length, generator=generator).argsort(-1)
     return {
         "input_ids": below(config.vocab_size, length),
-        "token_type_ids": (torch.arange(length) >= length // 2).long().expand(*leading, -1).contiguous(),
+        "token_type_ids": (torch.arange(length) * min(2, config.type_vocab_size) // length)
+        .expand(*leading, -1)
+        .contiguous(),
         "attention_mask": torch.ones(*leading, length, dtype=torch.int64),
         "masked_positions": places[..., :predicted].sort().values,
         "masked_labels": below(config.vocab_size, predicted),

@@ -71,7 +71,7 @@ class ShardSet:
         Raises:
             UsageError: no folder, no shards, a file that is no shard, or files that do not belong together.
         """
-        self.flag = flag
+        self.flag, self.token_types = flag, 2
         self.files = _find_shards(Path(input_dir), flag)
         self.headers = [_read_header(path, flag) for path in self.files]
         for field in ("layout", "sequence_length", "has_next_sentence", "predictions"):
@@ -97,13 +97,16 @@ class ShardSet:
             return None
         return _one_value(having, name, [header.attributes[name] for header in having], self.flag)
 
-    def check(self, vocab_size: int, max_position_embeddings: int, max_predictions_per_seq: int) -> None:
+    def check(
+        self, vocab_size: int, max_position_embeddings: int, max_predictions_per_seq: int, type_vocab_size: int = 2
+    ) -> None:
         """Refuse shards that the model cannot read. Loads the first shard; later ones are checked by `load`.
 
         Raises:
-            UsageError: token ids beyond `vocab_size`, sequences longer than the position table, or premasked shards
-                with more predictions than `max_predictions_per_seq`.
+            UsageError: token ids beyond `vocab_size`, pairs of texts where `type_vocab_size` is 1, sequences longer
+                than the position table, or premasked shards with more predictions than `max_predictions_per_seq`.
         """
+        self.token_types = type_vocab_size
         if self.sequence_length > max_position_embeddings:
             raise UsageError(
                 f"{self.flag}: {self.files[0]} holds sequences of {self.sequence_length} tokens, more than the model's "
@@ -130,8 +133,8 @@ class ShardSet:
             The arrays of its layout (`LAYOUTS`), token ids as int32, the others as stored.
 
         Raises:
-            UsageError: unreadable data, token ids outside 0..vocab_size-1, special token positions that are not
-                increasing, or labels, masks and positions out of their range.
+            UsageError: unreadable data, token ids outside 0..vocab_size-1, pairs that the model has no token type for,
+                special token positions that are not increasing, or labels, masks and positions out of their range.
         """
         path = self.files[index]
         try:
@@ -146,6 +149,12 @@ class ShardSet:
                 self._check_token_ids(path, arrays[name], vocab_size)
                 arrays[name] = arrays[name].astype(np.int32, copy=False)
         self._check_ranges(path, arrays)
+        pairs = self.has_next_sentence or ("segment_ids" in arrays and arrays["segment_ids"].any())
+        if pairs and self.token_types < 2:
+            raise UsageError(
+                f"{self.flag}: {path} holds pairs of texts, of token types 0 and 1; the model's type_vocab_size must "
+                f"be at least 2, and is {self.token_types}"
+            )
         return arrays
 
     def _check_token_ids(self, path: Path, ids: np.ndarray, vocab_size: int) -> None:

@@ -218,7 +218,7 @@ def _sum_runs(
             if key != run:  # which ends here
                 if run == before:
                     tl.store(share, added, mask=inside)
-                else:
+                elif run >= 0:
                     tl.store(total + run.to(tl.int64) * HIDDEN + columns, added, mask=inside)
             added = tl.where(key != run, row, added + row)
             run = key
@@ -431,7 +431,14 @@ def embed(
         position_ids: as word_ids; None: each row of word_ids begins at position 0.
         probability: of dropout, whose mask is that of `kernels.dense_parts.kept_by_dropout`.
         twice: return the result twice, as `kernels.dense_parts.dropout_add_layer_norm` does.
+
+    Raises:
+        ValueError: tables that are not fp32, or sequences that are longer than the table of positions.
     """
+    if any(part.weight.dtype != torch.float32 for part in (words, positions, types, norm)):
+        raise ValueError("the embeddings' tables must be fp32")
+    if position_ids is None and word_ids.shape[-1] > len(positions.weight):
+        raise ValueError(f"sequences of {word_ids.shape[-1]} tokens: there are {len(positions.weight)} positions")
     kind = word_ids.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     padding = -1 if words.padding_idx is None else words.padding_idx

@@ -3,7 +3,7 @@
 // W is wgmma's sparse A operand (M = out), X its B operand (N = tokens). The reads of B from shared memory bound a
 // sparse wgmma: each m64 instruction reads all of its B tile, 128 bytes a cycle at full rate, which is all that shared
 // memory gives, and the copies into shared memory come on top. So tiles are chosen for few bytes a product rather than
-// for many stages: 256 rows of W share one load of X, and the epilogue takes little of the memory.
+// for many stages: up to 256 rows of W share one load of X, and the epilogue takes little of the memory.
 //
 //   load warp        TMA: W's kept values, X (multicast to the cluster's row tiles), metadata -> ring of stages
 //   two consumer     one wgmma group in flight; then registers -> bf16/fp16 -> shared memory, transposed, and on to the
@@ -131,7 +131,7 @@ struct Shared {
   char* kept;    // [Stages][Rows][32], 64-byte swizzle
   char* inputs;  // [Stages][Tokens][64], 128-byte swizzle
   char* metadata;  // [Stages][Rows / 64][128 words]
-  char* store;   // [Warpgroups][StoreBuffers][Blocks][StoreTokens][64], 128-byte swizzle
+  char* store;   // [StoreSlots][Blocks][StoreTokens][64], 128-byte swizzle
   uint64_t *full, *empty;    // [Stages]
   uint64_t *staged, *stored;  // [StoreSlots]
 

@@ -5,7 +5,8 @@ bash scripts/reproduce.sh --parallel 4              the whole comparison, on all
 bash scripts/reproduce.sh --report                  table and picture of what is there, also while it runs
 
 What was stopped or killed goes on by the same command, what is finished is not run again. OUTPUT_DIR/report.md and
-OUTPUT_DIR/curves.png are written from logs, results and checkpoints; --docs writes them into docs/results.md, too.
+OUTPUT_DIR/curves.png are written from logs or summaries, results and checkpoints; --docs writes them into
+docs/results.md, too.
 """
 
 import functools

@@ -94,6 +94,9 @@ class Summary:
         found = read_json(str(path), "--output_dir")
         try:
             evaluations = [Evaluation(**evaluation) for evaluation in found.pop("evaluations")]
+            for value in (*found.values(), *(value for each in evaluations for value in asdict(each).values())):
+                if value is not None and not isinstance(value, int | float):
+                    raise TypeError(f"{value!r} is no number")
             return cls(**found, evaluations=evaluations)
         except (TypeError, KeyError) as error:
             raise UsageError(f"--output_dir {path}: is no summary of this script ({error}); give the logs") from error
@@ -153,10 +156,9 @@ def read_runs(output_dir: Path, settings: Settings) -> dict[str, Run]:
 
 def _read_summary(directory: Path, settings: Settings, name: str) -> Summary | None:
     log, path, recipe = directory / metrics_name(), directory / SUMMARY, RECIPES[name]
-    if log.exists():
-        rows = _read_rows(log)
-        pruned_at = settings.step_of(recipe.branch) if recipe.new_phase else 0
-        return Summary.of_rows(rows, settings, pruned_at) if rows else None
+    rows = _read_rows(log) if log.exists() else []
+    if rows:
+        return Summary.of_rows(rows, settings, settings.step_of(recipe.branch) if recipe.new_phase else 0)
     return Summary.load(path) if path.exists() else None
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from embedding_kernels_checks import (
     RUNS,
+    Parts,
     check_embedding,
     check_gradients_in_other_layouts,
     check_more_ids_than_16_bits_hold,
@@ -53,6 +54,15 @@ def test_more_ids_than_16_bits_hold():
 
 def test_gradients_and_ids_in_other_layouts():
     check_gradients_in_other_layouts("cpu")
+
+
+def test_what_no_kernel_would_notice_is_refused():
+    parts = Parts("cpu", 32, positions=8)
+    with pytest.raises(ValueError, match="sequences of 9 tokens: there are 8 positions"):
+        parts.run(parts.ids((2, 9), packed=False), 0.0, torch.float32)
+    parts.tables[0].bfloat16()
+    with pytest.raises(ValueError, match="must be fp32"):
+        parts.run(parts.ids((2, 8), packed=False), 0.0, torch.float32)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -250,11 +250,11 @@ def weights(output: Path, step: int) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------- backends
-def check_both_backends(folder: Path, door: str, adapters: bool, steps: int = 24, **changes) -> None:
-    """Losses of all steps, and the matrices at the end, are those of dense operands: to bf16's roundings.
+def check_both_backends(folder: Path, door: str, adapters: bool, steps: int = 36, **changes) -> None:
+    """Losses of all steps, and how far the matrices went, are those of dense operands: to bf16's roundings.
 
     Args:
-        changes: flags of both runs.
+        changes: flags of all runs.
     """
     model, data = make_folder(folder / "model"), folder / "data"
     if door == "run_glue":
@@ -263,17 +263,20 @@ def check_both_backends(folder: Path, door: str, adapters: bool, steps: int = 24
         data.mkdir()
         for split, seed in (("train", 0), ("dev", 1)):
             write_questions(data / f"{split}.json", seed=seed)
-    sparse = {"sparse_backend": "dense"} | ({} if adapters else {"add_lora": None})
-    flags = {"init_checkpoint": pretrain(folder / "sparse", model / "vocab.txt", **sparse)} | changes
-    flags |= {"vocab_file": model / "vocab.txt", "precision": "bf16", "max_steps": steps}
-    for backend in ("dense", "cutlass"):
-        command_of = glue if door == "run_glue" else squad
-        said = run(door, command_of(model, data, folder / backend, **flags, sparse_backend=backend))
+    flags = {"pruned_matrix": "static-weight", "precision": "bf16", "max_steps": steps} | changes
+    flags |= {"add_lora": "True", "lora_rank": 4} if adapters else {}
+
+    def learned(backend: str, **changes) -> tuple[list[float], dict[str, Tensor]]:
+        output, command_of = folder / f"{backend}_{len(changes)}", glue if door == "run_glue" else squad
+        said = run(door, command_of(model, data, output, **flags | changes, sparse_backend=backend))
         assert ("cutlass (" in said) == (backend == "cutlass"), said
-    found, right = losses(folder / "cutlass"), losses(folder / "dense")
-    assert len(found) == steps and found == pytest.approx(right, rel=2e-3)
-    ends = {backend: weights(folder / backend, steps) for backend in ("cutlass", "dense")}
-    for name, matrix in ends["dense"].items():
+        return losses(output), weights(output, changes.get("max_steps", steps))
+
+    _, start = learned("dense", learning_rate=1e-12, max_steps=1)
+    (right, dense), (found, sparse) = learned("dense"), learned("cutlass")
+    assert right[-1] < 0.7 * right[0], "it learns nothing, and so the test shows nothing"
+    assert len(found) == steps and found == pytest.approx(right, rel=0.05)
+    for name, matrix in dense.items():
         if matrix.is_floating_point() and not name.endswith("bias"):  # those of keys have no gradient but roundings
-            difference = (ends["cutlass"][name] - matrix).norm() / matrix.norm()
-            assert difference < 0.03, f"{name}: {difference:.4f}"
+            difference = (sparse[name] - matrix).norm() / (matrix - start[name]).norm()
+            assert difference < 0.2, f"{name}: {difference:.3f} of its way"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,14 +349,20 @@ def test_wrong_shards(files, tmp_path, flag, spoil, words):
 
 
 def test_pairs_need_a_second_token_type(files, tmp_path):
-    model = write_model(tmp_path / "model.json", type_vocab_size=1)
-    for flag, folder in (("input_dir", files.train), ("eval_dir", files.heldout), ("input_dir", files.premasked)):
-        flags = files.flags(tmp_path / "out", model_config_file=model, **{flag: folder})
-        refused(
-            flags, tmp_path / "out", ": pairs of texts are of token types 0 and 1; the model's type_vocab_size must"
-        )
-    model = write_model(tmp_path / "model.json", type_vocab_size=1, next_sentence=False)
-    run(files.flags(tmp_path / "out", model_config_file=model, input_dir=files.single, max_steps=1))
+    """Of premasked shards the ids tell, also where they have no labels."""
+    model, out = write_model(tmp_path / "model.json", type_vocab_size=1, next_sentence=False), tmp_path / "out"
+    unlabelled = tmp_path / "unlabelled"
+    for path in files.premasked.iterdir():
+        unlabelled.mkdir(exist_ok=True)
+        shutil.copyfile(path, unlabelled / path.name)
+        with h5py.File(unlabelled / path.name, "r+") as file:
+            del file["next_sentence_labels"]
+            assert file["segment_ids"][()].any()
+    for folder in (files.train, files.premasked, unlabelled):
+        said = "holds pairs of texts, of token types 0 and 1; the model's type_vocab_size must"
+        refused(files.flags(out, model_config_file=model, input_dir=folder), out, f"--input_dir: {folder}/", said)
+    refused(files.flags(out, model_config_file=model, input_dir=files.single, eval_dir=unlabelled), out, "--eval_dir: ")
+    run(files.flags(out, model_config_file=model, input_dir=files.single, max_steps=1))
 
 
 def test_shards_of_another_vocabulary(files, tmp_path):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from finetuning_runs import write
 from pretraining_runs import ROOT
 from reproduction_calls import call, report_rows, settings
-from reproduction_report import MARKERS, expected_density, read_runs  # scripts, found through reproduction_calls
+from reproduction_report import (  # scripts, found through reproduction_calls
+    MARKERS,
+    Summary,
+    expected_density,
+    read_runs,
+)
 from reproduction_runs import PREFIX, RECIPES, Settings
 
 
@@ -95,6 +100,9 @@ def test_steps_with_adapters_are_compared_with_dense_too(logged, capsys):
     assert rows["tokens/s, median step with adapters, against dense"] == ["", "", "x0.75"]
 
 
+NO_NUMBER = json.dumps({field.name: "x" for field in fields(Summary)} | {"evaluations": []})
+
+
 def test_tokens_of_the_curves(logged):
     summary = read_runs(logged, Settings.load(logged))["slope"].summary
     assert [evaluation.tokens for evaluation in summary.evaluations[:2]] == [200, 400]
@@ -121,7 +129,7 @@ def test_a_log_counts_more_than_a_summary(logged, capsys):
     assert report_rows(logged, capsys)["held-out MLM loss, last"] == ["2.000", "5.000", "4.000"]
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"evaluations": [{"step": 1}]}', "no JSON"])
+@pytest.mark.parametrize("content", ["{}", "[]", NO_NUMBER, '{"evaluations": [{"step": 1}]}', "no JSON"])
 def test_a_summary_of_something_else_is_refused(logged, capsys, content):
     (logged / "slope" / f"{PREFIX}_metrics.csv").unlink()
     write(logged / "slope" / "summary.json", content)
@@ -146,6 +154,9 @@ def test_documents_without_markers_and_logs_of_something_else(logged, capsys):
     assert "is no log of run_pretraining.py" in capsys.readouterr().err
     for name in RECIPES:
         write(logged / name / f"{PREFIX}_metrics.csv", "step\n")
+    assert call(["--report", "--output_dir", str(logged)]) == 0  # by the summaries of a report before
+    for path in logged.glob("*/summary.json"):
+        path.unlink()
     assert call(["--report", "--output_dir", str(logged)]) == 2
     assert "no run has taken a step yet" in capsys.readouterr().err
 

@@ -163,7 +163,7 @@ def settle_execution(
     obstacle = obstacle_to_dense_kernels(compiled, world)
     dense_kernels = asked_for("dense_kernels", args.dense_kernels, obstacle)
     if compiled and not dense_kernels:
-        notes.append(f"GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
+        notes.append(f"embeddings, GELU and LayerNorm without kernels of ours ({obstacle or '--dense_kernels False'})")
     return Execution(
         tokens=round(usual_share * places) if unpadded else places,
         other_tokens=[round(share * places) for share in shares] if unpadded else [],
