@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.triton_parts import kept_by_dropout, reciprocal, settings, sum_of_shares, tl, triton
+from kernels.triton_parts import kept_by_dropout, norm_backward, reciprocal, settings, sum_of_shares, tl, triton
 
 COLUMNS_OF_PROGRAM = 1024  # of GELU's: 8 numbers a thread and row
 WARPS = 4
@@ -120,10 +120,8 @@ def _norm_backward(
             grad += tl.load(grad_skip + places, mask=there, other=0.0).to(tl.float32)
         exact = tl.load(total + places, mask=there, other=0.0).to(tl.float32)
         inverse = tl.load(inverse_deviation + rows, mask=exists, other=0.0)[:, None]
-        normalised = (exact - tl.load(mean + rows, mask=exists, other=0.0)[:, None]) * inverse
-        scaled = grad * scale
-        projected = normalised * (tl.sum(scaled * normalised, 1) / HIDDEN)[:, None]
-        to_residual = (scaled - (tl.sum(scaled, 1) / HIDDEN)[:, None] - projected) * inverse
+        middle = tl.load(mean + rows, mask=exists, other=0.0)[:, None]
+        to_residual, normalised = norm_backward(grad, exact, middle, inverse, scale, HIDDEN)
         to_y = to_residual
         if DROPOUT:
             numbers = rows[:, None] * HIDDEN + columns[None, :]

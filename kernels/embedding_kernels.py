@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dense_parts import dropout_seed
-from kernels.triton_parts import kept_by_dropout, settings, sum_of_shares, tl, triton
+from kernels.triton_parts import kept_by_dropout, norm_backward, settings, sum_of_shares, tl, triton
 
 ROWS = 2  # tokens at a time: what a thread loads before it waits
 PROGRAMS_OF_PROCESSOR = 4  # of those that take turns along the tokens
@@ -158,10 +158,8 @@ def _embed_backward(
             kept = kept_by_dropout(rows[:, None] * HIDDEN + columns[None, :], seed, threshold)
             grad = tl.where(kept, grad * kept_scale, 0.0)
         inverse = tl.load(statistics + tokens + rows, mask=exists, other=0.0)[:, None]
-        normalised = (total - tl.load(statistics + rows, mask=exists, other=0.0)[:, None]) * inverse
-        scaled = grad * scale
-        projected = normalised * (tl.sum(scaled * normalised, 1) / HIDDEN)[:, None]
-        to_total = (scaled - (tl.sum(scaled, 1) / HIDDEN)[:, None] - projected) * inverse
+        mean = tl.load(statistics + rows, mask=exists, other=0.0)[:, None]
+        to_total, normalised = norm_backward(grad, total, mean, inverse, scale, HIDDEN)
         tl.store(grad_total + places, to_total, mask=there)
         to_weight += tl.sum(grad * normalised, 0)
         to_bias += tl.sum(grad, 0)

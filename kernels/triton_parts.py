@@ -1,4 +1,4 @@
-"""What several kernels in Triton share: a reciprocal, `kernels.dense_parts.kept_by_dropout`, sums of shares."""
+"""What several kernels in Triton share: a reciprocal, dropout's mask, LayerNorm's gradient, sums of shares."""
 # ruff: noqa: N803 - Triton's spelling of compile-time arguments
 
 import torch
@@ -46,6 +46,15 @@ def kept_by_dropout(numbers, seed, threshold):
     bits = _shifted_xor(bits, 11) * 0xAC4C1B51
     bits = _shifted_xor(bits, 15) * 0x31848BAB
     return (_shifted_xor(bits, 14) & 0xFFFFFF) >= threshold
+
+
+@triton.jit
+def norm_backward(grad, total, mean, inverse_deviation, weight, HIDDEN: tl.constexpr):
+    """Gradients of what LayerNorm normalised, `total`, and that normalised; rows of HIDDEN numbers and zeros."""
+    normalised = (total - mean) * inverse_deviation
+    scaled = grad * weight
+    projected = normalised * (tl.sum(scaled * normalised, 1) / HIDDEN)[:, None]
+    return (scaled - (tl.sum(scaled, 1) / HIDDEN)[:, None] - projected) * inverse_deviation, normalised
 
 
 @triton.jit
