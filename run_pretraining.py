@@ -12,9 +12,10 @@ A run goes on from the newest checkpoint in OUT/pretrain_ckpts, and a finished o
 from dataclasses import replace
 from pathlib import Path
 
+from configuration import BertConfig
 from data.shard_files import ShardSet
 from data.storage import local_copy
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from optimization import DECAYS, OPTIMIZERS
 from training.assembly import build_model
 from training.checkpoint import remove_unfinished_checkpoints

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training_step import SharedGraphs, random_batch
-from modeling import BertConfig
+from configuration import BertConfig
 from training.distributed import World
 from training.engine import DTYPES, OnItsWay
 

@@ -38,8 +38,9 @@ from benchmarks.common import (
     names_among,
     parse_benchmark_flags,
 )
+from configuration import BertConfig
 from kernels.backends import CutlassOperands
-from modeling import BertConfig, BertForPreTraining, encoder_blocks, input_projections
+from modeling import BertForPreTraining, encoder_blocks, input_projections
 from optimization import build_optimizer, parameter_groups
 from sparse_ops import SparseLinear, add_adapters, named_layers, sparsify
 from training.flags import run_door, whole

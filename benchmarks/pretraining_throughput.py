@@ -38,7 +38,7 @@ from benchmarks.step_profile import KINDS
 from benchmarks.throughput_picture import draw
 from benchmarks.timing import Spread
 from benchmarks.training_step import MachineReport, machine
-from modeling import BertConfig
+from configuration import BertConfig
 from training.distributed import World, process_group, this_process
 from training.errors import UsageError
 from training.flags import Parser, add_attention_flag, add_dense_kernels_flag, add_switch, real, run_door, whole

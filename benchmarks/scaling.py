@@ -45,7 +45,7 @@ from benchmarks.common import benchmark_parser, names_among, parse_benchmark_fla
 from benchmarks.scaling_picture import draw
 from benchmarks.timing import GpuState, GpuWatch, Spread
 from benchmarks.training_step import MODELS, MachineReport, TrainingStep, machine, own_command, run_flags
-from modeling import BertConfig
+from configuration import BertConfig
 from training.distributed import World, gather_objects, process_group, sum_over_ranks, this_process
 from training.errors import UsageError
 from training.flags import Parser, add_graph_flag, read_json, real, run_door, whole

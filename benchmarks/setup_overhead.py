@@ -44,9 +44,10 @@ from benchmarks.common import (
     run_on_kernels,
 )
 from benchmarks.timing import GpuWatch, Spread, Timer, host_seconds
+from configuration import BertConfig
 from kernels import build
 from kernels.ops import gather
-from modeling import BertConfig, BertForPreTraining, BertLayer, encoder_blocks, input_projections
+from modeling import BertForPreTraining, BertLayer, encoder_blocks, input_projections
 from sparse_ops import OperandRefresh, add_adapters, named_layers, sparsify
 from training.errors import UsageError
 from training.flags import run_door

@@ -22,9 +22,9 @@ from benchmarks.training_step import (
     run_flags,
     seconds_of,
 )
+from configuration import BertConfig
 from data.loader import step_loader
 from data.shard_files import ShardSet
-from modeling import BertConfig
 from run_pretraining import open_shards
 from training.distributed import World
 from training.phases import Start

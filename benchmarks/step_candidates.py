@@ -12,7 +12,7 @@ from benchmarks.memory import size_of
 from benchmarks.step_profile import profile
 from benchmarks.timing import GpuState, GpuWatch, Spread
 from benchmarks.training_step import SharedGraphs, TrainingStep, predictions_of, run_flags, take_turns, wait
-from modeling import BertConfig
+from configuration import BertConfig
 from training.distributed import World
 from training.throughput import peak_tflops, useful_flops
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Report, environment
+from configuration import BertConfig
 from data.loader import Batch
 from data.packing import pack_step
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from run_pretraining import PretrainingRun, parse_arguments
 from sparse_ops import add_adapters
 from training.assembly import build_model

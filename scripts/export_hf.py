@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configuration import BertConfig
 from data.tokenization import KINDS
-from modeling import BertConfig
 from sparse_ops import dense_state_dict
 from training.assembly import build_pretraining_model
 from training.checkpoint import load_checkpoint

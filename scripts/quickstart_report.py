@@ -15,9 +15,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from configuration import BertConfig
 from data.glue import Task, baseline, get_task, labels_array, read_examples, score
 from data.shard_files import ShardSet
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from sparse_ops import named_layers, sparsity_report
 from training.assembly import build_pretraining_model
 from training.checkpoint import checkpoint_path, load_checkpoint, saved_steps

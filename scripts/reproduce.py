@@ -28,9 +28,9 @@ from reproduction_report import measure_density, write_report
 from reproduction_runs import RECIPES, ROOT, STANDARD, Plan, Settings
 from run_processes import Command, Job, Planned, Processes, StopRequestedError, gpu_places, shown
 
+from configuration import BertConfig
 from data.shard_files import ShardSet
 from data.stages import write_atomic
-from modeling import BertConfig
 from training.errors import UsageError
 from training.flags import Parser, add_switch, parse_flags, parse_seeds, read_json, real, run_door, whole
 

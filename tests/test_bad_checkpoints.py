@@ -191,7 +191,8 @@ def test_a_hugging_face_folder_that_is_none(files, tmp_path):
     folder.mkdir()
     flags = files.flags(output, init_checkpoint=folder)
     refused(flags, output, f"--init_checkpoint {folder}: no config.json")
-    from modeling import BertConfig, BertForPreTraining
+    from configuration import BertConfig
+    from modeling import BertForPreTraining
 
     config = BertConfig.from_dict(MODEL)
     save_hf_folder(folder, config, BertForPreTraining(config).state_dict())

@@ -17,10 +17,11 @@ import torch
 from pretraining_runs import ROOT
 
 from benchmarks import common, layer_speedup, memory, setup_overhead, spmm_speedup, timing
+from configuration import BertConfig
 from kernels import build, ops
 from kernels.autotune import Choice
 from kernels.backends import CutlassOperands
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from sparse_ops import SparseLinear, named_layers
 from training.errors import UsageError
 

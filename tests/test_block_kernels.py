@@ -11,8 +11,9 @@ import torch
 from interpreter import run_interpreted
 
 import kernels
+from configuration import BertConfig
 from kernels.build import KernelsUnavailable
-from modeling import BertConfig, BertForPreTraining, use_kernels
+from modeling import BertForPreTraining, use_kernels
 from training.distributed import World
 from training.errors import UsageError
 from training.execution import asked_for, obstacle_to_dense_kernels, obstacle_to_short_attention

@@ -14,9 +14,10 @@ from pretraining_runs import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling
+from configuration import BertConfig
 from kernels.backends import select_backends
 from kernels.dense_parts import bias_gelu, dropout_add_layer_norm, dropout_seed, kept_by_dropout
-from modeling import BertConfig, BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums
+from modeling import BertForPreTraining, Packing, compiled_parts, pretraining_loss_sums
 from sparse_ops import add_adapters
 from training.assembly import build_model
 from training.engine import settle_compiler

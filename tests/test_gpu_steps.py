@@ -6,8 +6,9 @@ import pytest
 import torch
 from product_checks import unavailable
 
+from configuration import BertConfig
 from data.packing import pack_step
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from sparse_ops import named_layers
 from training.assembly import build_model
 from training.distributed import World

@@ -15,8 +15,9 @@ import torch
 from product_checks import assert_near, unavailable
 from torch import Tensor, nn
 
+from configuration import BertConfig
 from kernels.backends import CutlassOperands
-from modeling import BertConfig, BertForPreTraining, pretraining_loss_sums
+from modeling import BertForPreTraining, pretraining_loss_sums
 from optimization import build_optimizer, load_optimizer_state, optimizer_state, parameter_groups
 from sparse_ops import DenseOperands, named_layers, unpack_bits
 from training.assembly import build_model

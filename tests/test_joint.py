@@ -24,11 +24,12 @@ from joint_checks import (
 from product_checks import kept_for_backward, make_layer, normal, on_cutlass, on_dense
 from torch import Tensor, nn
 
+from configuration import BertConfig
 from kernels import autotune, joint
 from kernels.backends import CutlassOperands
 from kernels.joint import join, products
 from kernels.ops import AdapterOperands, adapter_width
-from modeling import BertConfig, BertForPreTraining, Packing, pretraining_loss_sums
+from modeling import BertForPreTraining, Packing, pretraining_loss_sums
 from sparse_ops import AdaptedLinear, add_adapters, named_layers
 from training.assembly import build_model
 from training.sparsity import SparsityConfig

@@ -9,6 +9,7 @@ import torch
 from pretraining_runs import LENGTH, VOCAB_SIZE, assembled, make_files, run, values
 from shard_factory import write_shard
 
+from configuration import BertConfig
 from data.packing import (
     fill_multiple,
     fullest_micro_batch,
@@ -18,7 +19,7 @@ from data.packing import (
     sequence_lengths,
 )
 from data.shards import StepDataset
-from modeling import BertConfig, Packing
+from modeling import Packing
 from training.distributed import World
 from training.errors import UsageError
 from training.execution import unpads

@@ -28,7 +28,8 @@ from pretraining_runs import (
     wait_for_step,
 )
 
-from modeling import BertConfig, BertForPreTraining
+from configuration import BertConfig
+from modeling import BertForPreTraining
 from optimization import learning_rate
 from sparse_ops import SparseLinear, named_layers
 from training.checkpoint import load_checkpoint, saved_steps

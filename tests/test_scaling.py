@@ -18,7 +18,8 @@ from pretraining_runs import LENGTH, MODEL, ROOT, begin_ranks, write_model
 from benchmarks import scaling, scaling_picture
 from benchmarks.timing import GpuState, Spread
 from benchmarks.training_step import NOT_STOPPED
-from modeling import BertConfig, BertForPreTraining
+from configuration import BertConfig
+from modeling import BertForPreTraining
 from sparse_ops import SparseLinear, named_layers
 from training import pretraining
 from training.distributed import World

@@ -8,7 +8,8 @@ from sparse_reference import kept_of_every_group, kept_twice
 from torch import nn
 
 from ablations import AblationLinear
-from modeling import BertConfig, BertForPreTraining, encoder_blocks, input_projections
+from configuration import BertConfig
+from modeling import BertForPreTraining, encoder_blocks, input_projections
 from sparse_ops import (
     AdaptedLinear,
     SparseLinear,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling import BertConfig, BertForPreTraining, pretraining_loss_sums
+from configuration import BertConfig
+from modeling import BertForPreTraining, pretraining_loss_sums
 from training.throughput import peak_tflops, useful_flops
 
 SEQUENCES, LENGTH, MASKED = 3, 16, 5

@@ -26,7 +26,8 @@ from benchmarks import (
 from benchmarks.step_candidates import OURS, Candidate, Setting
 from benchmarks.timing import GpuState, Spread
 from benchmarks.training_step import TrainingStep, run_flags
-from modeling import BertConfig, BertForPreTraining
+from configuration import BertConfig
+from modeling import BertForPreTraining
 from sparse_ops import SparseLinear, named_layers
 from training.distributed import World
 from training.errors import UsageError

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from configuration import BertConfig
 from data.storage import local_copy
-from modeling import BertConfig, BertEncoder, BertForPreTraining, encoder_blocks, input_projections
+from modeling import BertEncoder, BertForPreTraining, encoder_blocks, input_projections
 from sparse_ops import add_adapters, sparsify
 from training.checkpoint import load_checkpoint
 from training.errors import UsageError

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from configuration import BertConfig
 from data.packing import MOST_SHAPES, fill_multiple
 from kernels.build import KernelsUnavailable
-from modeling import BertConfig
 from training.distributed import World
 from training.errors import UsageError
 from training.sparsity import SparsityConfig

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from configuration import BertConfig
 from data.stages import check_file, check_folders
 from data.tokenization import load_tokenizer, vocabulary_sha256
-from modeling import BertConfig
 from optimization import DECAYS, OPTIMIZERS
 from training.assembly import Source, read_source
 from training.errors import UsageError

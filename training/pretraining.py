@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configuration import BertConfig
 from data.loader import Batch, StepLoader, step_loader
 from data.packing import fullest_micro_batch, micro_batches, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
-from modeling import BertConfig, Packing, pretraining_loss_sums
+from modeling import Packing, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
 from sparse_ops import AdaptedLinear, check_adapter_rank, named_layers, sparsity_report
 from training.checkpoint import checkpoint_path, remove_old_checkpoints, save_checkpoint

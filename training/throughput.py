@@ -5,7 +5,7 @@ the time of a step, not its work, so runs of one model are compared by the same 
 behind the last block's attention, the tokens that are neither predicted nor the first of a sequence.
 """
 
-from modeling import BertConfig
+from configuration import BertConfig
 
 FORWARD_AND_BACKWARD = 3  # a product's two gradients cost as much again, each
 # Dense TFLOP/s by the vendors' datasheets, in 16 bits and in fp32; the first name that the device's contains.
