@@ -125,7 +125,8 @@ class Cluster:
         """This Python beside torchrun, and what it needs of the real repository to read run_pretraining.py's flags."""
         self.add_stub("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         (self.repository / "run_pretraining.py").write_text((ROOT / "run_pretraining.py").read_text())
-        for name in ("data", "training", "kernels", "modeling.py", "optimization.py", "sparse_ops.py"):
+        modules = {path.name for path in ROOT.glob("*.py")} - {"run_pretraining.py"}
+        for name in ("data", "training", "kernels", *modules):
             (self.repository / name).symlink_to(ROOT / name)
 
     def start(self, job: str, *arguments: str, **settings: str) -> subprocess.Popen:
