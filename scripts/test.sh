@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format check, shell check and tests, in the environment that the suite itself uses.
-# Usage: bash scripts/test.sh [pytest arguments]        (without arguments: everything, on all cores)
+# Usage: bash scripts/test.sh [pytest arguments]        (without arguments: everything, in one process;
+#        --numprocesses=2 --dist=loadfile: everything in two)
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,4 +17,4 @@ export OMP_NUM_THREADS=1
 if [ $# -gt 0 ]; then
     exec "$bin/python" -m pytest "$@"
 fi
-exec "$bin/python" -m pytest --numprocesses="$(nproc)" --dist=loadfile
+exec "$bin/python" -m pytest --numprocesses=1 --dist=loadfile

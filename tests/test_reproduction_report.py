@@ -100,9 +100,6 @@ def test_steps_with_adapters_are_compared_with_dense_too(logged, capsys):
     assert rows["tokens/s, median step with adapters, against dense"] == ["", "", "x0.75"]
 
 
-NO_NUMBER = json.dumps({field.name: "x" for field in fields(Summary)} | {"evaluations": []})
-
-
 def test_tokens_of_the_curves(logged):
     summary = read_runs(logged, Settings.load(logged))["slope"].summary
     assert [evaluation.tokens for evaluation in summary.evaluations[:2]] == [200, 400]
@@ -127,6 +124,9 @@ def test_a_log_counts_more_than_a_summary(logged, capsys):
     report_rows(logged, capsys)
     write_log(logged, "slope", [5.0] * 60)
     assert report_rows(logged, capsys)["held-out MLM loss, last"] == ["2.000", "5.000", "4.000"]
+
+
+NO_NUMBER = json.dumps({field.name: "x" for field in fields(Summary)} | {"evaluations": []})
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", NO_NUMBER, '{"evaluations": [{"step": 1}]}', "no JSON"])
