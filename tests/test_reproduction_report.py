@@ -105,7 +105,9 @@ def test_tokens_of_the_curves(logged):
     assert [evaluation.tokens for evaluation in summary.evaluations[:2]] == [200, 400]
     first = summary.evaluations[0]
     assert (first.step, first.mlm_loss, first.mlm_accuracy) == (2, pytest.approx(8.0), None)
-    assert summary.tokens == 6000
+    assert summary.tokens == 6000 and summary.tokens_before_adapters is None
+    write_log(logged, "lazy_10", [5.0] * 60, adapters=1)
+    assert read_runs(logged, Settings.load(logged))["lazy_10"].summary.tokens_before_adapters == 100  # the first step's
 
 
 def test_a_report_needs_no_logs_of_finished_runs(logged, capsys):
