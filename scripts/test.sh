@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format check, shell check and tests, in the environment that the suite itself uses.
-# Usage: bash scripts/test.sh [pytest arguments]        (without arguments: everything, in one process;
-#        --numprocesses=2 --dist=loadfile: everything in two)
+# Usage: bash scripts/test.sh [pytest arguments]        (without arguments: everything, in a process for each core)
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -13,8 +12,9 @@ bin="$REPOSITORY/.venv/bin"
 "$bin/ruff" format --check .
 "$bin/shellcheck" --external-sources --source-path=SCRIPTDIR/.. scripts/*.sh .ci/run
 
+processes=$(nproc) # asked first, as nproc goes by OMP_NUM_THREADS
 export OMP_NUM_THREADS=1
 if [ $# -gt 0 ]; then
     exec "$bin/python" -m pytest "$@"
 fi
-exec "$bin/python" -m pytest --numprocesses=1 --dist=loadfile
+exec "$bin/python" -m pytest --numprocesses="$processes" --dist=loadfile
