@@ -434,19 +434,19 @@ class BertForPreTraining(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the token scores [B, P, V] and the next-sentence scores [B, 2] (None without that head).
 
-        masked_positions [B, P] says which tokens to score, any unused place of it 0; None scores all, [B, S, V]. With
-        a `Packing` these are places among all T tokens, and an unused one is any token of the sequence. P is fixed, so
-        that shapes are static. The last block computes these tokens alone, and the first of each sequence.
+        masked_positions [B, P] says which tokens to score, any unused place of it 0; None scores all, [B, S, V]. P is
+        fixed, so that shapes are static. With a `Packing` these are places among all T tokens, in any shape [...], and
+        the scores are [..., V]. The last block computes these tokens alone, and the first of each sequence.
         The rest is as in BertModel. Next-sentence score 0 is for the real next sentence, 1 for a random one.
         """
         if masked_positions is None:
             hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask)
         else:
-            places_BP = masked_positions
+            places = masked_positions
             if not isinstance(attention_mask, Packing):
-                places_BP = places_BP + first_places(input_ids)[:, None]
-            hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask, places_BP.flatten())
-            hidden = hidden.unflatten(0, places_BP.shape)
+                places = places + first_places(input_ids)[:, None]
+            hidden, pooled_BH = self.bert(input_ids, token_type_ids, attention_mask, places.flatten())
+            hidden = hidden.unflatten(0, places.shape)
         prediction_scores = self.cls.predictions(hidden)
         return prediction_scores, None if pooled_BH is None else self.cls.seq_relationship(pooled_BH)
 
@@ -459,10 +459,11 @@ def pretraining_loss_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropies, in nats and fp32, of masked tokens and of next sentences (0 without scores).
 
-    prediction_scores [B, P, V], seq_relationship_score [B, 2] or None, masked_labels [B, P], next_sentence_labels [B].
-    A label of -1 is ignored. These are sums, for the caller to divide by the global counts of labels.
+    prediction_scores [B, P, V], seq_relationship_score [B, 2] or None, masked_labels [B, P], next_sentence_labels [B];
+    where sequences lie end to end, [M, V] and [M] for the first and the third. A label of -1 is ignored. These are
+    sums, for the caller to divide by the global counts of labels.
     """
-    mlm_sum = _cross_entropy_sum(prediction_scores.flatten(0, 1), masked_labels.flatten())
+    mlm_sum = _cross_entropy_sum(prediction_scores.flatten(0, -2), masked_labels.flatten())
     if seq_relationship_score is None:
         return mlm_sum, torch.zeros_like(mlm_sum)
     return mlm_sum, _cross_entropy_sum(seq_relationship_score, next_sentence_labels)

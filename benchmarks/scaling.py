@@ -44,7 +44,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import benchmark_parser, names_among, parse_benchmark_flags
 from benchmarks.scaling_picture import draw
 from benchmarks.timing import GpuState, GpuWatch, Spread
-from benchmarks.training_step import MODELS, MachineReport, TrainingStep, machine, own_command, run_flags
+from benchmarks.training_step import (
+    MODELS,
+    MachineReport,
+    TrainingStep,
+    machine,
+    own_command,
+    predictions_of,
+    run_flags,
+)
 from configuration import BertConfig
 from training.distributed import World, gather_objects, process_group, sum_over_ranks, this_process
 from training.errors import UsageError
@@ -123,7 +131,9 @@ def read_flags() -> argparse.Namespace:
 def training_flags(args, model: str) -> SimpleNamespace:
     """The flags of run_pretraining.py that stand for the rest of the training."""
     names = ("model_config_file", "local_batch_size", "optimizer", "cuda_graphs")
-    return run_flags(model, precision=args.dtype, **{name: getattr(args, name) for name in names})
+    shared = {name: getattr(args, name) for name in names}
+    predictions = predictions_of(args.sequence_length)
+    return run_flags(model, precision=args.dtype, max_predictions_per_seq=predictions, **shared)
 
 
 # ------------------------------------------------------------------------------------------------------------- the step

@@ -23,7 +23,7 @@ from benchmarks.training_step import (
     seconds_of,
 )
 from configuration import BertConfig
-from data.loader import step_loader
+from data.loader import StepLoader, step_loader
 from data.shard_files import ShardSet
 from run_pretraining import open_shards
 from training.distributed import World
@@ -33,7 +33,7 @@ from training.sparsity import sparsity_from_flags
 TOKENS = 16384  # of a micro-batch, unless --local_batch_size says another size
 MANY_STEPS = 10**6  # more than are taken
 WAYS = {"padded": "False", "unpadded": "True"}  # and their --unpad
-WARM_UPS = 10  # samples at most that may go by until all graphs are captured
+WARM_UPS = 3  # steps, by which the length of a sample is settled
 PREFETCHED = 2  # steps that a loader worker makes ahead
 AT_LEAST = 4  # times as many steps in a sample as workers may have ready when it begins
 
@@ -49,12 +49,16 @@ class ShardSteps(Stepping):
         model = random_model(config, sparsity, world, args.seed)
         super().__init__(args, config, world, Start(0, 0, MANY_STEPS), sparsity, model, shards, None)
         self.engine.connect()
-        on_gpu = world.device.type == "cuda"
-        self.loader = step_loader(self.dataset, args.num_workers, pin_memory=on_gpu, prefetch=PREFETCHED)
+        self.loader = self.new_loader()
 
-    @property
-    def graphs_captured(self) -> int:
-        return 0 if self.engine.graphs is None else len(self.engine.graphs.captured)
+    def new_loader(self) -> StepLoader:
+        on_gpu = self.world.device.type == "cuda"
+        return step_loader(self.dataset, self.args.num_workers, pin_memory=on_gpu, prefetch=PREFETCHED)
+
+    def begin_again(self) -> None:
+        """The next step is the first one of the shards."""
+        self.loader.close()
+        self.loader = self.new_loader()
 
     def next_batch(self, loader, stop):
         batch, counts = super().next_batch(loader, stop)
@@ -81,26 +85,20 @@ def take_sample(run: ShardSteps, count: int, world: World) -> Sample:
     return Sample(seconds, tokens, slots, waited, count)
 
 
-def take_rounds(runs: dict[str, ShardSteps], args, world: World) -> tuple[list[dict[str, Sample]], int]:
-    """Rounds of a sample each way, of the same samples of the shards; and how many rounds were dropped.
+def take_rounds(runs: dict[str, ShardSteps], args, world: World) -> list[dict[str, Sample]]:
+    """Rounds of a sample each way, of the same samples of the shards.
 
-    A CUDA graph is captured for each number of tokens that comes up; a round in which that happens does not count.
+    A CUDA graph is captured for each number of tokens that comes up. So all steps are taken once before they count.
     """
-    count, kept, dropped = AT_LEAST * PREFETCHED * max(1, args.num_workers), [], 0
-    for warm_up in range(WARM_UPS):
-        captured = [run.graphs_captured for run in runs.values()]
-        longest = max(take_sample(run, count, world).seconds for run in runs.values())
-        if warm_up and captured == [run.graphs_captured for run in runs.values()]:
-            break
-    count = max(count, math.ceil(args.sample_seconds * count / longest))
-    while len(kept) < args.rounds and dropped < args.rounds:
-        captured = [run.graphs_captured for run in runs.values()]
-        samples = {way: take_sample(run, count, world) for way, run in runs.items()}
-        if captured == [run.graphs_captured for run in runs.values()]:
-            kept.append(samples)
-        else:
-            dropped += 1
-    return kept, dropped
+    step = max(min(seconds_of(run, 1, world) for _ in range(WARM_UPS)) for run in runs.values())
+    at_least = AT_LEAST * PREFETCHED * max(1, args.num_workers)
+    count = max(at_least, math.ceil(args.sample_seconds / step))
+    for run in runs.values():
+        run.begin_again()
+        run.take((1 + args.rounds) * count)
+        run.begin_again()
+        take_sample(run, count, world)  # what workers have made ahead is none yet
+    return [{way: take_sample(run, count, world) for way, run in runs.items()} for _ in range(args.rounds)]
 
 
 def records(model: str, length: int, rounds: list[dict[str, Sample]]) -> list[dict]:
@@ -179,14 +177,12 @@ def run(args, world: World, models: Sequence[str]) -> None:
         runs = {way: ShardSteps(flags_for(model, way, args, length, sequences), config, world, shards) for way in WAYS}
         watching = GpuWatch() if world.device.type == "cuda" else None
         with watching or nullcontext():
-            rounds, dropped = take_rounds(runs, args, world)
+            rounds = take_rounds(runs, args, world)
         for steps in runs.values():
             steps.loader.close()
         state = watching.state if watching else GpuState(None, None, None)
-        for row in records(model, length, rounds) if rounds else ():
+        for row in records(model, length, rounds):
             report.row(row | {"gpu": state})
-        if dropped:
-            report.note(f"{model}: {dropped} rounds do not count, since a CUDA graph was captured in them")
         del runs
         if world.device.type == "cuda":
             torch.cuda.empty_cache()

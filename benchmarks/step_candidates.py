@@ -83,7 +83,8 @@ def make_step(name: str, setting: Setting, args, world: World, **more) -> Traini
         same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "attention", "dense_kernels")}
         if same["attention"] == "short" and setting.length > SHORT:
             same["attention"] = "auto"  # so that one command can have shapes of either kind
-        flags = run_flags(model, precision=args.dtype, local_batch_size=setting.sequences, **same, **more)
+        same |= {"local_batch_size": setting.sequences, "max_predictions_per_seq": predictions_of(setting.length)}
+        flags = run_flags(model, precision=args.dtype, **same, **more)
         step = TrainingStep(flags, config, world, setting.length, rank)
     step.repeat(args.accumulation)
     return step

@@ -126,7 +126,8 @@ class TrainingStep(Stepping):
         self.args.global_batch_size = accumulation * sequences * self.world.size
         batch = random_batch(self.config, accumulation, sequences, self.sequence_length, seed=self.world.rank)
         if self.pack_multiple is not None:
-            packed = pack_step({name: tensor.numpy() for name, tensor in batch.items()}, self.pack_multiple)
+            padded = {name: tensor.numpy() for name, tensor in batch.items()}
+            packed = pack_step(padded, self.pack_multiple, self.args.masked_token_fraction)
             batch = {name: torch.from_numpy(array) for name, array in packed.items()}
         if self.world.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}

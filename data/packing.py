@@ -1,21 +1,28 @@
 """Padded micro-batches to sequences that lie end to end, so that no padding is computed, and a step to micro-batches.
 
 The number of tokens then differs from one micro-batch to the next. It is filled up to a multiple (`fill_multiple`), so
-that a captured CUDA graph, which has one shape, serves many of them.
+that a captured CUDA graph, which has one shape, serves many of them. The number of predictions follows from that of the
+tokens (`prediction_places`), so that it makes no more shapes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from data.loader import Batch
+from data.masking import IGNORED_LABEL
 
 ALIGNMENT = 128  # tokens: the tiles of matrix products
 MOST_SHAPES = 64  # that micro-batches of one size come in
-_BY_TOKEN = ("input_ids", "token_type_ids", "positions")  # the packed tensors that are cut where micro-steps end
+PREDICTION_ALIGNMENT = 64  # predictions, likewise
+# The packed tensors that are cut where micro-steps end, and the sizes of their parts.
+_BY_TOKEN = ("input_ids", "token_type_ids", "positions")
+_BY_PREDICTION = ("masked_positions", "masked_labels")
+SIZES = ("tokens", "predictions")  # read on the host
 
 
 def fill_multiple(local_batch_size: int, sequence_length: int, shapes: int = MOST_SHAPES) -> int:
@@ -24,27 +31,53 @@ def fill_multiple(local_batch_size: int, sequence_length: int, shapes: int = MOS
     return -(-share // ALIGNMENT) * ALIGNMENT
 
 
-def pack_step(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
-    """The step that `StepDataset` describes with the padding of its sequences taken out.
+def prediction_places(tokens: int, masked_token_fraction: float, at_most: int) -> int:
+    """What the predictions of a micro-batch of so many tokens are filled up to, `at_most` those of a padded one.
+
+    Sequences of which the fraction would be less than one token have one all the same; a micro-batch with so many of
+    them that this is too few has `at_most`.
+    """
+    aligned = -(-math.ceil(masked_token_fraction * tokens) // PREDICTION_ALIGNMENT) * PREDICTION_ALIGNMENT
+    return min(aligned, at_most)
+
+
+def pack_step(batch: dict[str, np.ndarray], multiple: int, masked_token_fraction: float) -> dict[str, np.ndarray]:
+    """The step that `StepDataset` describes without the padding of its sequences and of their predictions.
 
     Args:
         batch: padded arrays [K, B, ...]; the attention mask of each sequence is ones, at least one, and then zeros.
         multiple: see `fill_multiple`.
+        masked_token_fraction: see `prediction_places`.
 
     Returns:
-        int64 arrays, micro-step k having T_k tokens, T their sum, B sequences, and some that fill it up:
-            tokens [K]                              T_k
+        int64 arrays. Micro-step k has T_k tokens and M_k predictions, with some that fill them up; T and M are their
+        sums. It has B sequences:
+            tokens, predictions [K]                 T_k and M_k
             input_ids, token_type_ids [T]           0 in what fills up
             positions [T]                           of each token in its sequence; 0 in what fills up
             boundaries [K, B + 1 + F]               where each sequence begins, within the micro-step; the last is T_k;
                                                     what fills up are F sequences, of at most S tokens as all others
-            masked_positions [K, B, P]              places among the T_k tokens; an unused one is the sequence's first
-            masked_labels, next_sentence_labels     as they were
+            masked_positions [M]                    places among the T_k tokens; any in what fills up
+            masked_labels [M]                       -1 in what fills up
+            next_sentence_labels [K, B]             as they were
     """
     packed = _pack(batch, multiple)
-    firsts = packed["boundaries"][:, : batch["attention_mask"].shape[1], None]
-    others = {name: batch[name] for name in ("masked_labels", "next_sentence_labels")}
-    return packed | {"masked_positions": batch["masked_positions"] + firsts} | others
+    used, labels = batch["masked_labels"] != IGNORED_LABEL, batch["masked_labels"]
+    places = batch["masked_positions"] + packed["boundaries"][:, : used.shape[1], None]
+    predictions = [prediction_places(t, masked_token_fraction, labels[0].size) for t in packed["tokens"].tolist()]
+    counts = used.sum((1, 2))
+    sizes = np.where(counts > predictions, labels[0].size, predictions)
+    # Different places also in what fills up: gradients of one place are added up one after the other.
+    fillers = [np.arange(size) % tokens for size, tokens in zip(sizes, packed["tokens"], strict=True)]
+    every = range(len(sizes))
+    return packed | {
+        "predictions": sizes,
+        "masked_positions": np.concatenate([_filled(places[k][used[k]], fillers[k]) for k in every]),
+        "masked_labels": np.concatenate(
+            [_filled(labels[k][used[k]], np.full(sizes[k], IGNORED_LABEL, np.int64)) for k in every]
+        ),
+        "next_sentence_labels": batch["next_sentence_labels"],
+    }
 
 
 def pack_examples(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
@@ -70,46 +103,43 @@ def _pack(batch: dict[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
     place = np.broadcast_to(np.arange(length), attended.shape)
     kept = {"input_ids": batch["input_ids"], "token_type_ids": batch["token_type_ids"], "positions": place}
     packed = {
-        name: np.concatenate([_filled(array[k][attended[k]], tokens[k]) for k in range(len(tokens))])
+        name: np.concatenate([_filled(array[k][attended[k]], np.zeros(t, np.int64)) for k, t in enumerate(tokens)])
         for name, array in kept.items()
     }
     return {"tokens": tokens, **packed, "boundaries": boundaries}
 
 
-def _filled(array: np.ndarray, size: int) -> np.ndarray:
-    filled = np.zeros(size, np.int64)
-    filled[: len(array)] = array
-    return filled
+def _filled(array: np.ndarray, filler: np.ndarray) -> np.ndarray:
+    """`array`, and what stands behind its length in `filler`."""
+    return np.concatenate([array, filler[len(array) :]])
 
 
 def sequence_lengths(batch: Batch) -> torch.Tensor:
     """Tokens of each sequence of a step, padded or packed, [K, B]."""
     if "boundaries" in batch:
-        return batch["boundaries"].diff(dim=-1)[:, : batch["masked_positions"].shape[1]]
+        return batch["boundaries"].diff(dim=-1)[:, : batch["next_sentence_labels"].shape[1]]
     return batch["attention_mask"].sum(-1)
 
 
-def fullest_micro_batch(part: Batch, sequence_length: int, multiple: int) -> Batch:
-    """A packed micro-batch of as many sequences as `part`, none with any padding; tokens and labels mean nothing."""
-    sequences = len(part["masked_positions"])
-    tokens = -(-sequences * sequence_length // multiple) * multiple
-    count = len(part["boundaries"])
-    boundaries = (torch.arange(count, device=part["boundaries"].device) * sequence_length).clamp_(max=tokens)
-    by_token = {name: part[name].new_zeros(tokens) for name in _BY_TOKEN}
-    others = {name: tensor.clone() for name, tensor in part.items() if name not in (*_BY_TOKEN, "boundaries")}
-    others["masked_positions"].zero_()
-    full = by_token | others | {"boundaries": boundaries}
-    return {name: full[name] for name in part}  # in the same order
+def fullest_micro_batch(part: Batch, sequence_length: int, max_predictions_per_seq: int, multiple: int) -> Batch:
+    """A packed micro-batch of as many sequences as `part`, without any padding; tokens and labels mean nothing."""
+    sequences = len(part["next_sentence_labels"])
+    tokens, predictions = -(-sequences * sequence_length // multiple) * multiple, sequences * max_predictions_per_seq
+    count, like = len(part["boundaries"]), part["boundaries"]
+    full = {name: like.new_zeros(tokens) for name in _BY_TOKEN}
+    full["boundaries"] = (torch.arange(count, device=like.device) * sequence_length).clamp_(max=tokens)
+    full["masked_positions"] = torch.arange(predictions, device=like.device) % tokens
+    full["masked_labels"] = like.new_zeros(predictions)
+    return {name: full[name] if name in full else tensor.clone() for name, tensor in part.items()}  # in the same order
 
 
 def micro_batches(batch: Batch) -> Iterator[Batch]:
-    """A step's micro-batches, as views: padded [B, ...], or packed with [T_k] tokens."""
-    if "tokens" not in batch:
-        for k in range(len(batch["input_ids"])):
-            yield {name: tensor[k] for name, tensor in batch.items()}
-        return
-    sizes = batch["tokens"].tolist()  # on the host, also where the rest is on a GPU
-    by_token = {name: batch[name].split(sizes) for name in _BY_TOKEN}
-    for k in range(len(sizes)):
-        others = {name: tensor[k] for name, tensor in batch.items() if name not in (*_BY_TOKEN, "tokens")}
-        yield {name: parts[k] for name, parts in by_token.items()} | others
+    """A step's micro-batches, as views: padded [B, ...], or packed with [T_k] tokens and [M_k] predictions."""
+    cut = {}
+    if "tokens" in batch:
+        for size, names in zip(SIZES, (_BY_TOKEN, _BY_PREDICTION), strict=True):
+            sizes = batch[size].tolist()  # on the host, also where the rest is on a GPU
+            cut |= {name: batch[name].split(sizes) for name in names}
+    parts = {name: cut.get(name, tensor) for name, tensor in batch.items() if name not in SIZES}
+    for k in range(len(batch["next_sentence_labels"])):
+        yield {name: part[k] for name, part in parts.items()}

@@ -138,7 +138,7 @@ class StepDataset(Dataset):
         leading = (self.micro_steps, self.local_batch_size)
         batch = {name: array.reshape(*leading, *array.shape[1:]) for name, array in batch.items()}
         if self.pack_multiple is not None:
-            batch = pack_step(batch, self.pack_multiple)
+            batch = pack_step(batch, self.pack_multiple, self.rule.masked_token_fraction)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _gather(self, position: np.ndarray, real: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -70,6 +70,7 @@ def begun(
         global_batch_size=2 * batch,
         local_batch_size=batch,
         max_predictions_per_seq=PREDICTED,
+        masked_token_fraction=0.15,
     )
     vars(run.args).update(PLAIN | flags)
     run.config = BertConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -100,7 +101,8 @@ def step_of(run: PretrainingRun, seed: int = 0, micro_steps: int = 2) -> tuple[d
     }
     counts = Counts(float(predicted.sum()), float(micro_steps * sequences), float(lengths.sum()))
     if run.pack_multiple is not None:
-        packed = pack_step({name: tensor.numpy() for name, tensor in batch.items()}, run.pack_multiple)
+        padded = {name: tensor.numpy() for name, tensor in batch.items()}
+        packed = pack_step(padded, run.pack_multiple, run.args.masked_token_fraction)
         batch = {name: torch.from_numpy(array) for name, array in packed.items()}
     return {name: tensor.pin_memory() for name, tensor in batch.items()}, counts
 

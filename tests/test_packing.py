@@ -16,6 +16,7 @@ from data.packing import (
     micro_batches,
     pack_examples,
     pack_step,
+    prediction_places,
     sequence_lengths,
 )
 from data.shards import StepDataset
@@ -48,9 +49,13 @@ def padded_step() -> dict[str, np.ndarray]:
     }
 
 
+def packed_step(multiple: int, fraction: float = 0.15) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in pack_step(padded_step(), multiple, fraction).items()}
+
+
 def test_every_token_keeps_its_neighbours_its_position_and_its_label():
     padded = padded_step()
-    packed = {name: torch.from_numpy(array) for name, array in pack_step(padded, multiple=16).items()}
+    packed = packed_step(multiple=16)
     assert packed["tokens"].tolist() == [16, 32]
     assert torch.equal(sequence_lengths(packed), torch.from_numpy(padded["attention_mask"]).sum(-1))
     for k, part in enumerate(micro_batches(packed)):
@@ -61,15 +66,18 @@ def test_every_token_keeps_its_neighbours_its_position_and_its_label():
             assert part["input_ids"][here].tolist() == padded["input_ids"][k, b, :length].tolist()
             assert part["token_type_ids"][here].tolist() == padded["token_type_ids"][k, b, :length].tolist()
             assert part["positions"][here].tolist() == list(range(length))
-        used = part["masked_labels"] >= 0
-        flat = torch.from_numpy(padded["input_ids"][k]).gather(1, torch.from_numpy(padded["masked_positions"][k]))
-        assert torch.equal(part["input_ids"][part["masked_positions"]][used], flat[used])
+        labels = padded["masked_labels"][k]
+        used, count = labels >= 0, int((labels >= 0).sum())
+        flat = np.take_along_axis(padded["input_ids"][k], padded["masked_positions"][k], 1)
+        assert part["input_ids"][part["masked_positions"]][:count].tolist() == flat[used].tolist()
+        assert part["masked_labels"].tolist() == [*labels[used], *[-1] * (len(part["masked_labels"]) - count)]
+        assert part["next_sentence_labels"].tolist() == padded["next_sentence_labels"][k].tolist()
         assert not part["input_ids"][boundaries[3] :].any()
         assert all(0 <= length <= 8 for length in torch.tensor(boundaries).diff().tolist()), "longer than any sequence"
 
 
 def test_examples_are_packed_as_a_micro_step_is():
-    step = pack_step(padded_step(), multiple=16)
+    step = pack_step(padded_step(), 16, 0.15)
     for k, end in enumerate(step["tokens"].cumsum()):
         examples = {name: array[k] for name, array in padded_step().items() if not name.startswith(("masked", "next"))}
         packed = pack_examples(examples | {"labels": np.arange(3)}, multiple=16)
@@ -80,15 +88,68 @@ def test_examples_are_packed_as_a_micro_step_is():
         assert packed["attention_mask"].tolist() == examples["attention_mask"].tolist()
 
 
+def test_predictions_are_filled_up_to_a_number_that_follows_from_the_tokens():
+    """In all micro-steps of as many tokens, whatever is masked there, so that they share a CUDA graph."""
+    assert [prediction_places(tokens, 0.15, 2560) for tokens in (128, 426, 427, 7680, 16384)] == [
+        64,
+        64,
+        128,
+        1152,
+        2496,
+    ]
+    assert prediction_places(16384, 0.15, 2490) == 2490
+    generator = np.random.default_rng(0)
+    sequences, length, width = 32, 128, 20
+    for _ in range(20):
+        lengths = generator.integers(60, length + 1, (2, sequences))
+        counts = np.minimum((0.15 * (lengths - 3)).astype(int), width)
+        used = np.arange(width) < counts[..., None]
+        padded = {
+            "input_ids": np.ones((2, sequences, length), np.int64),
+            "token_type_ids": np.zeros((2, sequences, length), np.int64),
+            "attention_mask": (np.arange(length) < lengths[..., None]).astype(np.int64),
+            "masked_positions": (1 + np.arange(width)) * used,
+            "masked_labels": np.where(used, 7, -1),
+            "next_sentence_labels": np.zeros((2, sequences), np.int64),
+        }
+        packed = pack_step(padded, 128, 0.15)
+        expected = [prediction_places(tokens, 0.15, sequences * width) for tokens in packed["tokens"]]
+        assert packed["predictions"].tolist() == expected
+        assert len(packed["masked_positions"]) == len(packed["masked_labels"]) == sum(expected) < used.size
+
+
+def test_more_predictions_than_their_share_have_the_padded_number_of_places():
+    """As sequences of a few tokens have, and shards that were masked by another rule; of micro-step 1 alone here."""
+    padded = padded_step()
+    packed = pack_step(padded, 16, 0.15)
+    assert packed["predictions"].tolist() == [6, 6]  # fewer than 64
+    many = {name: np.tile(array, (1, 64, *[1] * (array.ndim - 2))) for name, array in padded.items()}
+    many["masked_labels"][1] = 5
+    packed = pack_step(many, 128, 0.15)
+    assert packed["tokens"].tolist() == [768, 1280]
+    assert packed["predictions"].tolist() == [384, 384]
+    many["masked_labels"][0, 30:] = -1
+    assert pack_step(many, 128, 0.15)["predictions"].tolist() == [128, 384]
+
+
+def test_what_fills_up_predictions_stands_at_different_places():
+    """On a GPU gradients of one place are added up one after the other."""
+    many = {name: np.tile(array, (1, 64, *[1] * (array.ndim - 2))) for name, array in padded_step().items()}
+    many["masked_labels"][:] = -1
+    (part, _) = micro_batches({n: torch.from_numpy(array) for n, array in pack_step(many, 128, 0.15).items()})
+    assert len(part["masked_positions"]) == 128 == len(part["masked_positions"].unique())
+
+
 def test_the_fullest_micro_batch_has_the_form_of_all_others_and_no_padding():
-    packed = {name: torch.from_numpy(array) for name, array in pack_step(padded_step(), multiple=16).items()}
-    part = next(micro_batches(packed))
-    full = fullest_micro_batch(part, sequence_length=8, multiple=16)
+    part = next(micro_batches(packed_step(multiple=16)))
+    full = fullest_micro_batch(part, sequence_length=8, max_predictions_per_seq=2, multiple=16)
     assert list(full) == list(part)
     assert len(full["input_ids"]) == len(full["positions"]) == 32  # 3 sequences of 8, filled up
     assert full["boundaries"].tolist() == [0, 8, 16, 24, 32, 32]
-    same = set(full) - {"input_ids", "token_type_ids", "positions"}
-    assert all(full[name].shape == part[name].shape and full[name].dtype == part[name].dtype for name in same)
+    assert len(full["masked_positions"]) == len(full["masked_labels"]) == 6
+    assert full["masked_positions"].max() < 32
+    assert full["next_sentence_labels"].shape == part["next_sentence_labels"].shape
+    assert all(full[name].dtype == part[name].dtype for name in part)
 
 
 def test_padded_micro_batches_are_views_of_the_step():

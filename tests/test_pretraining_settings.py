@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from data.shards import ShardSet, evaluation_dataset, step_loader
 from sparse_ops import SparseLinear
 from training.assembly import build_pretraining_model
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.pretraining import Counts
+from training.distributed import World
+from training.pretraining import Counts, PretrainingRun
 
 # --------------------------------------------------------------------------------------------------- every way to prune
 KINDS = ["none", "static-weight", "dynamic-weight", "static-input", "dynamic-input", "dynamic-output-grad"]
@@ -214,7 +216,10 @@ def test_dropout_depends_on_step_micro_step_and_rank(files, tmp_path):
 def test_products_are_tuned_for_the_tokens_of_the_last_block(
     files, tmp_path, monkeypatch, pruned_matrix, next_sentence, tokens, unpad
 ):
-    """3 sequences, each with 4 tokens to predict and a first one; after those of batches with some padding."""
+    """3 sequences, each with 4 tokens to predict and a first one; after those of batches with some padding.
+
+    Without padding that is once for the fullest micro-batch and once for the least full one, the same here.
+    """
     told = []
     monkeypatch.setattr("training.engine.select_backends", lambda *given: told.append(given[-1]))
     model = tmp_path / "model.json"
@@ -222,7 +227,23 @@ def test_products_are_tuned_for_the_tokens_of_the_last_block(
     flags = {"model_config_file": model, "pruned_matrix": pruned_matrix, "add_lora": "False", "unpad": unpad}
     assembled(files.flags(tmp_path / "out", **flags))
     (other_tokens,) = told
-    assert other_tokens[5 if unpad == "True" else 0 :] == tokens
+    assert other_tokens[5 if unpad == "True" else 0 :] == tokens * (2 if unpad == "True" else 1)
+
+
+def test_the_heads_read_fewer_tokens_where_there_are_fewer():
+    run = PretrainingRun.__new__(PretrainingRun)
+    run.args = SimpleNamespace(
+        local_batch_size=64, global_batch_size=64, max_predictions_per_seq=80, masked_token_fraction=0.15
+    )
+    run.world, run.config, run.sequence_length = (
+        World(0, 1, 0, torch.device("cpu")),
+        SimpleNamespace(next_sentence=True),
+        512,
+    )
+    run.pack_multiple = None
+    assert run.tokens_read() == [64 * 81]
+    run.pack_multiple = 512
+    assert run.tokens_read() == [4928 + 64, 2496 + 64]
 
 
 def test_adapters_have_their_share_of_the_rate_whether_they_join_or_are_there(files, tmp_path):

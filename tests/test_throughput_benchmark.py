@@ -479,25 +479,40 @@ def test_what_the_padding_allows():
     assert unpadded["step"] == Spread(1.5, 1.0, 2.0)
 
 
-def test_rounds_in_which_a_graph_is_captured_do_not_count(monkeypatch):
-    runs = {way: SimpleNamespace(graphs_captured=0, way=way) for way in shard_throughput.WAYS}
-    taken = []
+def test_all_steps_that_count_were_taken_once_before(monkeypatch):
+    """So every CUDA graph of theirs is there."""
+    log = []
+
+    class Run:
+        def __init__(self, way):
+            self.way, self.at, self.known, self.new = way, 0, 0, 0
+
+        def take(self, count):
+            self.at += count
+            self.new, self.known = max(0, self.at - self.known), max(self.at, self.known)
+
+        def begin_again(self):
+            self.at = 0
+
+    def seconds_of(run, count, world):
+        run.take(count)
+        return 0.1 if run.way == "padded" else 0.05
 
     def take_sample(run, count, world):
-        taken.append((run.way, count))
-        number = sum(way == run.way for way, _ in taken)
-        if run.way == "unpadded" and number in (1, 2, 5):
-            run.graphs_captured += 1
-        return shard_throughput.Sample(number, 1.0, 1, 0.0, count)
+        run.take(count)
+        log.append((run.way, count, run.at, run.new))
+        return shard_throughput.Sample(run.at, 1.0, 1, 0.0, count)
 
+    monkeypatch.setattr(shard_throughput, "seconds_of", seconds_of)
     monkeypatch.setattr(shard_throughput, "take_sample", take_sample)
-    args = SimpleNamespace(num_workers=2, rounds=2, sample_seconds=6.0)
-    kept, dropped = shard_throughput.take_rounds(runs, args, ALONE)
-    assert [samples["padded"].seconds for samples in kept] == [4, 6]
-    assert dropped == 1
+    args = SimpleNamespace(num_workers=2, rounds=2, sample_seconds=0.5)
+    rounds = shard_throughput.take_rounds({way: Run(way) for way in shard_throughput.WAYS}, args, ALONE)
     shortest = 2 * 2 * shard_throughput.AT_LEAST  # data are waited for only once what was made ahead is used up
-    assert [count for _, count in taken] == [shortest] * 6 + [2 * shortest] * 6
-    assert [way for way, _ in taken] == ["padded", "unpadded"] * 6
+    assert [samples[way].seconds for samples in rounds for way in samples] == [2 * shortest] * 2 + [3 * shortest] * 2
+    assert log[2:] == [(way, shortest, at * shortest, 0) for at in (2, 3) for way in ("padded", "unpadded")]
+    args.sample_seconds = 5.0
+    shard_throughput.take_rounds({way: Run(way) for way in shard_throughput.WAYS}, args, ALONE)
+    assert log[-1][1] == 50  # by the way that takes longer
 
 
 def test_both_ways_mask_as_the_recipe_does(read, files):

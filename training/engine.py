@@ -207,18 +207,20 @@ def engine_for(
     world: World,
     args,
     objective: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    last_block_tokens: Sequence[int] = (),
 ) -> Engine:
     """The engine of a BERT whose micro-steps go as `execution` says; what became of that is added to its notes.
 
-    The arguments are `Engine`'s.
+    Args:
+        last_block_tokens: what the last block computes behind its attention, if not all: its products are tuned for
+            that, too. The other arguments are `Engine`'s.
     """
     if execution.dense_kernels:
         use_kernels(model)
     unpadded = execution.pack_multiple is not None
-    last_block = [] if execution.last_block_tokens is None else [execution.last_block_tokens]
     engine = Engine(
         *(model, world, args, execution.tokens, execution.notes.append, objective),
-        other_tokens=[*execution.other_tokens, *last_block],
+        other_tokens=[*execution.other_tokens, *last_block_tokens],
         compiled=compiled_parts(model) if execution.compiled else (),
         dynamic=unpadded,
         obstacle=execution.obstacle_to_graphs,

@@ -117,8 +117,6 @@ class Execution:
     """Of a usual micro-batch here: what sparse products are tuned for, and `--sparse_backend auto` decides by."""
     other_tokens: Sequence[int]
     """Of others, where no padding is computed: what sparse products are tuned for too."""
-    last_block_tokens: int | None
-    """What the last block computes behind its attention, if not all: its products are tuned for it, too."""
     pack_multiple: int | None
     """What the tokens that lie end to end are filled up to a multiple of; None: they are padded."""
     short_attention: bool
@@ -142,7 +140,6 @@ def settle_execution(
     shapes: int = MOST_SHAPES,
     usual_share: float = 1.0,
     shares: Sequence[float] = (),
-    last_block_tokens: int | None = None,
 ) -> Execution:
     """What the flags `unpad, attention, dense_kernels, cuda_graphs` ask for, as far as the device can.
 
@@ -152,7 +149,6 @@ def settle_execution(
         compiled: whether blocks are, on a GPU.
         shapes: see `fill_multiple`.
         usual_share, shares: of a micro-batch's places, those that hold a token in a usual one and in others.
-        last_block_tokens: that a micro-batch has there behind the attention, where these are not all.
     """
     on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
     unpadded, compiled = unpads(args, config, sparsity, world), compiled and on_gpu
@@ -167,7 +163,6 @@ def settle_execution(
     return Execution(
         tokens=round(usual_share * places) if unpadded else places,
         other_tokens=[round(share * places) for share in shares] if unpadded else [],
-        last_block_tokens=last_block_tokens,
         pack_multiple=fill_multiple(sequences, length, shapes) if unpadded else None,
         short_attention=short,
         compiled=compiled,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configuration import BertConfig
 from data.loader import Batch, StepLoader, step_loader
-from data.packing import fullest_micro_batch, micro_batches, sequence_lengths
+from data.packing import SIZES, fullest_micro_batch, micro_batches, prediction_places, sequence_lengths
 from data.shards import StepDataset, evaluation_dataset, resolve_mask_token_id
 from modeling import Packing, pretraining_loss_sums
 from optimization import learning_rate, reset_steps
@@ -100,7 +100,6 @@ class PretrainingRun:
         """
         args = self.args
         self.sequence_length, self.longest = sequence_length, longest or sequence_length
-        read = self.local_batch_size * (args.max_predictions_per_seq + self.config.next_sentence)
         execution = settle_execution(
             *(args, self.config, self.sparsity, self.world),
             sequences=self.local_batch_size,
@@ -108,13 +107,25 @@ class PretrainingRun:
             longest=self.longest,
             compiled=not args.no_compile,
             shares=SHARES_OF_TOKENS,
-            last_block_tokens=None if model.bert.encoder.whole_last_block else read,
         )
         self.notes, self.pack_multiple = execution.notes, execution.pack_multiple
         self.short_attention = execution.short_attention
-        self.loss_sums = torch.compile(pretraining_loss_sums) if execution.compiled else pretraining_loss_sums
+        self.loss_sums = pretraining_loss_sums
+        if execution.compiled:
+            self.loss_sums = torch.compile(pretraining_loss_sums, dynamic=self.pack_multiple is not None)
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
-        self.engine = engine_for(model, execution, self.world, args, self.objective)
+        read = [] if model.bert.encoder.whole_last_block else self.tokens_read()
+        self.engine = engine_for(model, execution, self.world, args, self.objective, read)
+
+    def tokens_read(self) -> list[int]:
+        """By the heads, in micro-batches of one size, or of the greatest and the least one that is tuned for."""
+        sequences, args = self.local_batch_size, self.args
+        predictions = sequences * args.max_predictions_per_seq
+        firsts = sequences * self.config.next_sentence
+        if self.pack_multiple is None:
+            return [predictions + firsts]
+        sizes = [round(share * sequences * self.sequence_length) for share in (1.0, min(SHARES_OF_TOKENS))]
+        return [prediction_places(size, args.masked_token_fraction, predictions) + firsts for size in sizes]
 
     def resume(self, checkpoint: dict) -> None:
         """Take over what a checkpoint holds beside the weights; a new phase keeps the moments alone."""
@@ -267,8 +278,7 @@ class PretrainingRun:
 
     def on_device(self, batch: Batch) -> Batch:
         """Copied without waiting for the device, where the batch lies in page-locked memory."""
-        host = ("tokens",)  # the sizes of micro-batches
-        return {n: t if n in host else t.to(self.world.device, non_blocking=True) for n, t in batch.items()}
+        return {n: t if n in SIZES else t.to(self.world.device, non_blocking=True) for n, t in batch.items()}
 
     # -------------------------------------------------------------------------------------------------------- a step
     def give_step(self, step: int, batch: Batch, counts: Counts, rate: float, waited: float = 0.0) -> TakenStep:
@@ -281,7 +291,8 @@ class PretrainingRun:
         parts = [part | {"shares": shares} for part in micro_batches(self.on_device(batch))]
         count = len(parts)
         if self.pack_multiple is not None:
-            engine.prepare(lambda: fullest_micro_batch(parts[0], self.sequence_length, self.pack_multiple), count)
+            widths = (self.sequence_length, self.args.max_predictions_per_seq, self.pack_multiple)
+            engine.prepare(lambda: fullest_micro_batch(parts[0], *widths), count)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for micro_step, part in enumerate(parts):
             seed_dropout(self.args.seed, step, micro_step, self.world.rank)
@@ -299,10 +310,10 @@ class PretrainingRun:
         return (sums * part["shares"]).sum(), sums
 
     def forward(self, model, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed MLM and next-sentence losses of one micro-batch, and its token scores [B, P, V]."""
+        """Summed MLM and next-sentence losses of one micro-batch, and its token scores [B, P, V], or [M, V]."""
         if "boundaries" in part:
             boundaries = part["boundaries"].int()
-            firsts = boundaries[: len(part["masked_positions"])]
+            firsts = boundaries[: len(part["next_sentence_labels"])]
             mask = Packing(boundaries, firsts, part["positions"], self.longest, self.short_attention)
         else:
             mask = part["attention_mask"]
