@@ -176,7 +176,10 @@ def find_largest(args, world: World, report: MachineReport) -> None:
             if name in OURS:
 
                 def peak(count: int, name: str = name, length: int = length) -> int | None:
-                    return peak_alone(name, Setting(length, count), args, world)
+                    bytes_at_most = peak_alone(name, Setting(length, count), args, world)
+                    taken = "does not fit" if bytes_at_most is None else f"{bytes_at_most / 1e9:.1f} GB"
+                    print(f"{name}, {count} x {length}: {taken}", file=sys.stderr, flush=True)  # each takes a while
+                    return bytes_at_most
 
                 found[name] = largest(peak, torch.cuda.mem_get_info()[1])
                 ratio = found[name] / found["dense"] if found["dense"] else None
