@@ -110,9 +110,8 @@ class PretrainingRun:
         )
         self.notes, self.pack_multiple = execution.notes, execution.pack_multiple
         self.short_attention = execution.short_attention
-        self.loss_sums = pretraining_loss_sums
-        if execution.compiled:
-            self.loss_sums = torch.compile(pretraining_loss_sums, dynamic=self.pack_multiple is not None)
+        # Not with dynamic sizes from the start: the vocabulary's has to stay a constant.
+        self.loss_sums = torch.compile(pretraining_loss_sums) if execution.compiled else pretraining_loss_sums
         model.bert.encoder.checkpoint_activations = args.checkpoint_activations
         read = [] if model.bert.encoder.whole_last_block else self.tokens_read()
         self.engine = engine_for(model, execution, self.world, args, self.objective, read)
