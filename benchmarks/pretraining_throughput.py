@@ -25,6 +25,7 @@ with the one that does not.
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,7 +35,7 @@ import torch
 from benchmarks import huggingface_step, shard_throughput
 from benchmarks.common import benchmark_parser, names_among, parse_benchmark_flags
 from benchmarks.step_candidates import HUGGINGFACE, OURS, Setting, allocated, largest, measure, peak_alone
-from benchmarks.step_profile import KINDS
+from benchmarks.step_profile import KINDS, kind_text
 from benchmarks.throughput_picture import draw
 from benchmarks.timing import Spread
 from benchmarks.training_step import MachineReport, machine
@@ -201,14 +202,6 @@ def _or_dash(text: Callable[[dict], str], *names: str) -> Callable[[dict], str]:
     return lambda row: "–" if any(row[name] is None for name in names) else text(row)
 
 
-def _kind(kind: str) -> Callable[[dict], str]:
-    def text(row: dict) -> str:
-        seconds = row["kernel_seconds"]
-        return f"{seconds[kind] * 1e3:.2f} ({seconds[kind] / sum(seconds.values()):.1%})"
-
-    return text
-
-
 COLUMNS = {
     "sequences x tokens": lambda r: f"{r['sequences']} x {r['sequence_length']}",
     "variant": lambda r: r["variant"],
@@ -225,7 +218,7 @@ COLUMNS = {
 PROFILE_COLUMNS = {
     "sequences x tokens": COLUMNS["sequences x tokens"],
     "variant": COLUMNS["variant"],
-    **{kind: _kind(kind) for kind in KINDS},
+    **{kind: partial(kind_text, kind) for kind in KINDS},
 }
 LARGEST_COLUMNS = {
     "tokens of a sequence": lambda r: f"{r['sequence_length']}",

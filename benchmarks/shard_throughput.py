@@ -4,14 +4,16 @@ Both ways train on the same samples in the same order, each with a loader of its
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from benchmarks.step_profile import KINDS, kind_text, profile
 from benchmarks.timing import GpuState, GpuWatch, Spread
 from benchmarks.training_step import (
     MachineReport,
@@ -85,10 +87,15 @@ def take_sample(run: ShardSteps, count: int, world: World) -> Sample:
     return Sample(seconds, tokens, slots, waited, count)
 
 
-def take_rounds(runs: dict[str, ShardSteps], args, world: World) -> list[dict[str, Sample]]:
+def take_rounds(
+    runs: dict[str, ShardSteps], args, world: World, watches: Mapping[str, AbstractContextManager]
+) -> list[dict[str, Sample]]:
     """Rounds of a sample each way, of the same samples of the shards.
 
     A CUDA graph is captured for each number of tokens that comes up. So all steps are taken once before they count.
+
+    Args:
+        watches: a context each way, in which its samples are taken.
     """
     step = max(min(seconds_of(run, 1, world) for _ in range(WARM_UPS)) for run in runs.values())
     at_least = AT_LEAST * PREFETCHED * max(1, args.num_workers)
@@ -98,16 +105,36 @@ def take_rounds(runs: dict[str, ShardSteps], args, world: World) -> list[dict[st
         run.take((1 + args.rounds) * count)
         run.begin_again()
         take_sample(run, count, world)  # what workers have made ahead is none yet
-    return [{way: take_sample(run, count, world) for way, run in runs.items()} for _ in range(args.rounds)]
+    rounds: list[dict[str, Sample]] = [{} for _ in range(args.rounds)]
+    for samples in rounds:
+        for way, run in runs.items():
+            with watches[way]:
+                samples[way] = take_sample(run, count, world)
+    return rounds
+
+
+def profiles(runs: dict[str, ShardSteps], steps: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step by kind of kernel, each way, of the same steps; nothing for no steps."""
+    found = {}
+    for way, run in runs.items() if steps else ():
+        run.begin_again()
+        found[way], _ = profile(run.take, steps)
+    return found
 
 
 def records(model: str, length: int, rounds: list[dict[str, Sample]]) -> list[dict]:
-    """A record each way; `limit` is what the padding share allows: slots of the padded way over those of this one."""
+    """A record each way.
+
+    `limit` is what the padding share allows: slots of the padded way over those of this one. It differs from round to
+    round as much as sequences do, so each round's speed-up is held against its own (`reached`).
+    """
     rows = []
     for way in WAYS:
         own = [samples[way] for samples in rounds]
         padded = [samples["padded"] for samples in rounds]
         slots, steps = sum(s.slots for s in own), sum(s.steps for s in own)
+        speedups = [p.seconds / s.seconds for p, s in zip(padded, own, strict=True)]
+        limits = [p.slots / s.slots for p, s in zip(padded, own, strict=True)]
         rows.append(
             {
                 "model": model,
@@ -116,8 +143,9 @@ def records(model: str, length: int, rounds: list[dict[str, Sample]]) -> list[di
                 "tokens_per_second": Spread.of([s.tokens / s.seconds for s in own]),
                 "step": Spread.of([s.seconds / s.steps for s in own]),
                 "padding_share": 1 - sum(s.tokens for s in own) / slots,
-                "speedup": Spread.of([p.seconds / s.seconds for p, s in zip(padded, own, strict=True)]),
-                "limit": sum(s.slots for s in padded) / slots,
+                "speedup": Spread.of(speedups),
+                "limit": Spread.of(limits),
+                "reached": Spread.of([speedup / limit for speedup, limit in zip(speedups, limits, strict=True)]),
                 "data_wait_share": sum(s.waited for s in own) / sum(s.seconds for s in own),
                 "steps": steps,
             }
@@ -132,12 +160,18 @@ COLUMNS = {
     "ms a step": lambda r: r["step"].text(2, 1e3),
     "computed but padding": lambda r: f"{r['padding_share']:.1%}",
     "against padded": lambda r: f"×{r['speedup'].text()}",
-    "padding allows": lambda r: f"×{r['limit']:.2f}",
+    "padding allows": lambda r: f"×{r['limit'].text()}",
+    "of that": lambda r: r["reached"].text(3),
     "of the step waited for data": lambda r: f"{r['data_wait_share']:.2%}",
     "steps": lambda r: f"{r['steps']}",
     "SM clock, power, share capped": lambda r: r["gpu"].text(),
 }
 
+PROFILE_COLUMNS = {
+    "model": COLUMNS["model"],
+    "": COLUMNS[""],
+    **{kind: partial(kind_text, kind) for kind in KINDS},
+}
 
 FORWARDED = ("model_config_file", "optimizer", "input_dir", "num_workers", "dense_kernels")
 
@@ -173,17 +207,21 @@ def run(args, world: World, models: Sequence[str]) -> None:
         f"{args.dtype}, {args.optimizer}",
         COLUMNS,
     )
+    on_gpu, kinds = world.device.type == "cuda", {}
     for model in models:
         runs = {way: ShardSteps(flags_for(model, way, args, length, sequences), config, world, shards) for way in WAYS}
-        watching = GpuWatch() if world.device.type == "cuda" else None
-        with watching or nullcontext():
-            rounds = take_rounds(runs, args, world)
+        watches = {way: GpuWatch() if on_gpu else nullcontext() for way in WAYS}
+        rounds = take_rounds(runs, args, world, watches)
+        kinds |= {(model, way): found for way, found in profiles(runs, args.profile_steps if on_gpu else 0).items()}
         for steps in runs.values():
             steps.loader.close()
-        state = watching.state if watching else GpuState(None, None, None)
         for row in records(model, length, rounds):
-            report.row(row | {"gpu": state})
+            report.row(row | {"gpu": getattr(watches[row["way"]], "state", GpuState(None, None, None))})
         del runs
-        if world.device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()
+    if kinds:
+        report.table("GPU time of a step, ms (share)", PROFILE_COLUMNS)
+        for (model, way), found in kinds.items():
+            report.row({"model": model, "way": way, "kernel_seconds": found})
     report.end()

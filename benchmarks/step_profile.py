@@ -45,6 +45,12 @@ def breakdown(kernels: Sequence[Kernel], steps: int) -> dict[str, float]:
     return seconds | {IDLE: (wall - covered(kernels)) / steps}
 
 
+def kind_text(kind: str, row: dict) -> str:
+    """A cell of a table of profiles: milliseconds of a kind in `kernel_seconds`, and its share."""
+    seconds = row["kernel_seconds"]
+    return f"{seconds[kind] * 1e3:.2f} ({seconds[kind] / sum(seconds.values()):.1%})"
+
+
 def covered(kernels: Iterable[Kernel]) -> float:
     """Seconds in which at least one kernel runs."""
     total, until = 0.0, float("-inf")

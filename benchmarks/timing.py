@@ -191,12 +191,19 @@ def nvml() -> Nvml | None:
 
 
 class GpuWatch:
-    """A context that reads clock and power every few milliseconds, and afterwards holds a `state`."""
+    """A context that reads clock and power every few milliseconds, and afterwards holds a `state`.
+
+    Entered again, it goes on: the state is that of all times together.
+    """
 
     INTERVAL = 0.01
 
+    def __init__(self):
+        self.clocks, self.capped, self.seconds, self.energy = [], [], 0.0, 0.0
+        self.state = GpuState(None, None, None)
+
     def __enter__(self) -> "GpuWatch":
-        self.gpu, self.clocks, self.capped = nvml(), [], []
+        self.gpu = nvml()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.began, self.joules = time.monotonic(), self.gpu and self.gpu.joules()
@@ -213,11 +220,14 @@ class GpuWatch:
     def __exit__(self, *_) -> None:
         self.stop.set()
         self.thread.join()
-        seconds, joules = time.monotonic() - self.began, self.gpu and self.gpu.joules()
+        joules = self.gpu and self.gpu.joules()
+        self.seconds += time.monotonic() - self.began
+        known = None not in (joules, self.joules, self.energy)
+        self.energy = self.energy + joules - self.joules if known else None
         clocks = [clock for clock in self.clocks if clock is not None]
         capped = [known for known in self.capped if known is not None]
         self.state = GpuState(
             Spread.of(clocks) if clocks else None,
-            None if joules is None or self.joules is None else (joules - self.joules) / seconds,
+            None if self.energy is None else self.energy / self.seconds,
             sum(capped) / len(capped) if capped else None,
         )

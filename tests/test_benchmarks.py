@@ -159,7 +159,7 @@ def test_candidates_take_turns_with_the_base(monkeypatch):
 
 def test_clock_power_and_cap_of_a_row(monkeypatch):
     class Gpu:
-        energy = iter((100.0, 107.0))
+        energy = iter((100.0, 107.0, 300.0, 303.0))
 
         def joules(self):
             return next(self.energy)
@@ -178,6 +178,10 @@ def test_clock_power_and_cap_of_a_row(monkeypatch):
     assert watch.state.sm_mhz == timing.Spread(1500, 1500, 1500)
     assert 7 / seconds <= watch.state.watts <= 7 / 0.02
     assert watch.state.text() == f"1500 MHz, {watch.state.watts:.0f} W, 100%"
+    time.sleep(0.1)
+    with watch:
+        time.sleep(0.02)
+    assert 10 / (seconds + 0.05) <= watch.state.watts <= 10 / 0.04, "what lies between does not count"
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
