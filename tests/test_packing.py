@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from pretraining_runs import LENGTH, VOCAB_SIZE, assembled, make_files, run, values
+from pretraining_runs import LENGTH, NO_DROPOUT, VOCAB_SIZE, assembled, make_files, run, values, write_model
 from shard_factory import write_shard
 
 from configuration import BertConfig
@@ -19,7 +19,6 @@ from data.packing import (
     prediction_places,
     sequence_lengths,
 )
-from data.shards import StepDataset
 from modeling import Packing
 from training.distributed import World
 from training.errors import UsageError
@@ -188,28 +187,36 @@ def keep_gradients(model, taken: dict, rate: float) -> None:
     taken.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
 
-def test_losses_and_gradients_are_those_of_the_padded_path(files, tmp_path):
+MANY = {"global_batch_size": 70, "local_batch_size": 40}  # so that predictions have fewer places than if padded
+
+
+@pytest.mark.parametrize("next_sentence", [True, False])
+@pytest.mark.parametrize(
+    ("shards", "flags", "fewer"),
+    [
+        ("train", {}, False),
+        ("train", MANY, True),
+        ("train", MANY | {"max_predictions_per_seq": 2 * LENGTH}, True),
+        ("premasked", MANY, True),
+        ("train", {"global_batch_size": 2}, False),
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_padded_path(files, tmp_path, shards, flags, fewer, next_sentence):
     """A trained step's data, no dropout, fp64 so that nothing but the order of additions may differ."""
-    results = []
+    results, model = [], write_model(tmp_path / "model.json", **NO_DROPOUT, next_sentence=next_sentence)
+    common = {"model_config_file": model, "input_dir": getattr(files, shards), **NO_ADAPTERS, **flags}
     for unpad in ("False", "True"):
-        flags = files.flags(tmp_path, model_config_file=files.model_without_dropout, unpad=unpad, **NO_ADAPTERS)
-        begun = assembled(flags)
+        begun = assembled(files.flags(tmp_path, **common, unpad=unpad))
         begun.engine.connect()
         begun.engine.model.double()
-        taken = {}
+        taken, step = {}, begun.dataset[0]
         begun.engine.step = functools.partial(keep_gradients, begun.engine.model, taken)
-        dataset = StepDataset(
-            *(begun.shards,),
-            **{"global_batch_size": 12, "local_batch_size": 3, "rank": 0, "world_size": 1, "steps": 1},
-            pack_multiple=begun.pack_multiple,
-            **begun.masking,
-        )
-        assert ("boundaries" in dataset[0]) == (unpad == "True")
+        assert ("boundaries" in step) == (unpad == "True")
 
         class Once:
             wait_seconds = 0.0
 
-            def __next__(self, batch=dataset[0]):
+            def __next__(self, batch=step):
                 return batch
 
         class Never:
@@ -217,9 +224,10 @@ def test_losses_and_gradients_are_those_of_the_padded_path(files, tmp_path):
 
         batch, counts = begun.next_batch(Once(), Never())
         losses = begun.losses_of(begun.give_step(1, batch, counts, 0.0))
-        results.append((counts, losses, taken))
-    (padded_counts, padded, padded_gradients), (counts, packed, gradients) = results
+        results.append((counts, losses, taken, batch["masked_labels"].numel()))
+    (padded_counts, padded, padded_gradients, places), (counts, packed, gradients, packed_places) = results
     assert counts == padded_counts
+    assert (packed_places < places) == fewer
     assert packed == pytest.approx(padded, rel=1e-6)
     for name, gradient in padded_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
