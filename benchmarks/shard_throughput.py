@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
+from benchmarks.step_candidates import allocated
 from benchmarks.step_profile import KINDS, kind_text, profile
 from benchmarks.timing import GpuState, GpuWatch, Spread
 from benchmarks.training_step import (
@@ -93,11 +92,13 @@ def take_rounds(
     """Rounds of a sample each way, of the same samples of the shards.
 
     A CUDA graph is captured for each number of tokens that comes up. So all steps are taken once before they count.
+    How many make a sample goes by the padded way, whose micro-batches are of one size: behind its first step nothing is
+    captured any more.
 
     Args:
         watches: a context each way, in which its samples are taken.
     """
-    step = max(min(seconds_of(run, 1, world) for _ in range(WARM_UPS)) for run in runs.values())
+    step = min(seconds_of(runs["padded"], 1, world) for _ in range(WARM_UPS))
     at_least = AT_LEAST * PREFETCHED * max(1, args.num_workers)
     count = max(at_least, math.ceil(args.sample_seconds / step))
     for run in runs.values():
@@ -213,13 +214,12 @@ def run(args, world: World, models: Sequence[str]) -> None:
         watches = {way: GpuWatch() if on_gpu else nullcontext() for way in WAYS}
         rounds = take_rounds(runs, args, world, watches)
         kinds |= {(model, way): found for way, found in profiles(runs, args.profile_steps if on_gpu else 0).items()}
-        for steps in runs.values():
-            steps.loader.close()
+        for way in WAYS:
+            runs[way].loader.close()
         for row in records(model, length, rounds):
             report.row(row | {"gpu": getattr(watches[row["way"]], "state", GpuState(None, None, None))})
         del runs
-        if on_gpu:
-            torch.cuda.empty_cache()
+        allocated(world)  # gives back what these held
     if kinds:
         report.table("GPU time of a step, ms (share)", PROFILE_COLUMNS)
         for (model, way), found in kinds.items():

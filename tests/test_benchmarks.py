@@ -159,13 +159,14 @@ def test_candidates_take_turns_with_the_base(monkeypatch):
 
 def test_clock_power_and_cap_of_a_row(monkeypatch):
     class Gpu:
-        energy = iter((100.0, 107.0, 300.0, 303.0))
+        energy = iter((100.0, 107.0, 300.0, 303.0, 400.0, None, 500.0, 501.0))
+        mhz = 1500
 
         def joules(self):
             return next(self.energy)
 
         def sm_mhz(self):
-            return 1500
+            return self.mhz
 
         def power_capped(self):
             return True
@@ -179,9 +180,15 @@ def test_clock_power_and_cap_of_a_row(monkeypatch):
     assert 7 / seconds <= watch.state.watts <= 7 / 0.02
     assert watch.state.text() == f"1500 MHz, {watch.state.watts:.0f} W, 100%"
     time.sleep(0.1)
+    Gpu.mhz = 1200
     with watch:
         time.sleep(0.02)
+    assert (watch.state.sm_mhz.low, watch.state.sm_mhz.high) == (1200, 1500), "of both times"
     assert 10 / (seconds + 0.05) <= watch.state.watts <= 10 / 0.04, "what lies between does not count"
+    for _ in range(2):  # the driver did not say once: what it says later is not of all times
+        with watch:
+            pass
+        assert watch.state.watts is None
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from modeling import Packing
 from training.distributed import World
 from training.errors import UsageError
 from training.execution import unpads
+from training.pretraining import Counts, PretrainingRun
 from training.sparsity import SparsityConfig
 
 NO_ADAPTERS = {"pruned_matrix": "none", "add_lora": "False"}
@@ -43,7 +45,7 @@ def padded_step() -> dict[str, np.ndarray]:
         "token_type_ids": ids % 2,
         "attention_mask": attended,
         "masked_positions": np.array([[[1, 7], [2, 0], [0, 0]], [[4, 0], [3, 6], [0, 0]]]),
-        "masked_labels": np.array([[[5, 6], [7, -1], [-1, -1]], [[8, -1], [9, 10], [-1, -1]]]),
+        "masked_labels": np.array([[[0, 6], [7, -1], [-1, -1]], [[8, -1], [9, 10], [-1, -1]]]),
         "next_sentence_labels": np.array([[0, 1, -1], [1, 1, 0]]),
     }
 
@@ -58,6 +60,7 @@ def test_every_token_keeps_its_neighbours_its_position_and_its_label():
     assert packed["tokens"].tolist() == [16, 32]
     assert torch.equal(sequence_lengths(packed), torch.from_numpy(padded["attention_mask"]).sum(-1))
     for k, part in enumerate(micro_batches(packed)):
+        assert not {"tokens", "predictions"} & set(part), "sizes stay on the host, and a graph has none there"
         boundaries = part["boundaries"].tolist()
         assert (boundaries[0], boundaries[-1]) == (0, len(part["input_ids"]))
         for b in range(3):
@@ -129,6 +132,9 @@ def test_more_predictions_than_their_share_have_the_padded_number_of_places():
     assert packed["predictions"].tolist() == [384, 384]
     many["masked_labels"][0, 30:] = -1
     assert pack_step(many, 128, 0.15)["predictions"].tolist() == [128, 384]
+    many["masked_labels"][0] = -1
+    many["masked_labels"][0, :64] = 5
+    assert pack_step(many, 128, 0.15)["predictions"].tolist() == [128, 384], "as many as there are places for"
 
 
 def test_what_fills_up_predictions_stands_at_different_places():
@@ -139,6 +145,19 @@ def test_what_fills_up_predictions_stands_at_different_places():
     assert len(part["masked_positions"]) == 128 == len(part["masked_positions"].unique())
 
 
+def test_more_places_for_predictions_than_there_are_tokens():
+    padded = padded_step()
+    wide = {"masked_positions": [(0, 0), (0, 0), (0, 6)], "masked_labels": [(0, 0), (0, 0), (0, 6)]}
+    for name, widths in wide.items():
+        padded[name] = np.pad(padded[name], widths, constant_values=-1 if name == "masked_labels" else 0)
+    packed = {name: torch.from_numpy(array) for name, array in pack_step(padded, 16, 0.15).items()}
+    for part, tokens in zip(micro_batches(packed), (16, 32), strict=True):
+        assert len(part["masked_positions"]) == 24
+        assert part["masked_positions"].max() < tokens
+    full = fullest_micro_batch(part, sequence_length=8, max_predictions_per_seq=20, multiple=16)
+    assert len(full["masked_positions"]) == 60 and full["masked_positions"].max() < 32
+
+
 def test_the_fullest_micro_batch_has_the_form_of_all_others_and_no_padding():
     part = next(micro_batches(packed_step(multiple=16)))
     full = fullest_micro_batch(part, sequence_length=8, max_predictions_per_seq=2, multiple=16)
@@ -146,7 +165,7 @@ def test_the_fullest_micro_batch_has_the_form_of_all_others_and_no_padding():
     assert len(full["input_ids"]) == len(full["positions"]) == 32  # 3 sequences of 8, filled up
     assert full["boundaries"].tolist() == [0, 8, 16, 24, 32, 32]
     assert len(full["masked_positions"]) == len(full["masked_labels"]) == 6
-    assert full["masked_positions"].max() < 32
+    assert len(full["masked_positions"].unique()) == 6
     assert full["next_sentence_labels"].shape == part["next_sentence_labels"].shape
     assert all(full[name].dtype == part[name].dtype for name in part)
 
@@ -251,6 +270,19 @@ def test_longer_sequences_to_evaluate_on_count_too(files, tmp_path):
     flags = files.flags(tmp_path, input_dir=tmp_path / "short", eval_dir=files.heldout, unpad="True", **NO_ADAPTERS)
     begun = assembled(flags)
     assert (begun.sequence_length, begun.longest) == (LENGTH - 4, LENGTH)
+    begun.engine.connect()
+    largest = []
+    begun.engine.prepare = lambda make, count: largest.append(make())
+    begun.give_step(1, begun.dataset[0], Counts(1.0, 1.0, 1.0), 0.0)
+    assert largest[0]["boundaries"][:4].tolist() == [0, LENGTH - 4, 2 * (LENGTH - 4), 3 * (LENGTH - 4)]
+    assert math.isfinite(begun.evaluate()["heldout_mlm_loss"])
+
+
+def test_sizes_of_micro_batches_stay_on_the_host():
+    run = PretrainingRun.__new__(PretrainingRun)
+    run.world = World(0, 1, 0, torch.device("meta"))
+    elsewhere = {name for name, tensor in run.on_device(packed_step(multiple=16)).items() if tensor.is_meta}
+    assert set(packed_step(multiple=16)) - elsewhere == {"tokens", "predictions"}
 
 
 def test_dropout_and_a_resume_without_padding(files, tmp_path):

@@ -233,7 +233,7 @@ def test_products_are_tuned_for_the_tokens_of_the_last_block(
 def test_the_heads_read_fewer_tokens_where_there_are_fewer():
     run = PretrainingRun.__new__(PretrainingRun)
     run.args = SimpleNamespace(
-        local_batch_size=64, global_batch_size=64, max_predictions_per_seq=80, masked_token_fraction=0.15
+        local_batch_size=100, global_batch_size=64, max_predictions_per_seq=80, masked_token_fraction=0.15
     )
     run.world, run.config, run.sequence_length = (
         World(0, 1, 0, torch.device("cpu")),

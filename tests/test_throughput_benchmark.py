@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -445,7 +446,16 @@ def test_the_picture_of_a_profile(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- real shards
-def test_real_shards_padded_and_unpadded(read, files, tmp_path, capsys):
+def test_real_shards_padded_and_unpadded(read, files, tmp_path, capsys, monkeypatch):
+    class Watch(nullcontext):
+        made = 0
+
+        def __init__(self):
+            super().__init__()
+            Watch.made += 1
+            self.state = GpuState(Spread.of([Watch.made]), None, None)
+
+    monkeypatch.setattr(shard_throughput, "nullcontext", Watch)
     file = tmp_path / "shards.json"
     read("--input_dir", f"{files.train}", "--local_batch_size", "4", "--num_workers", "0", "--output", f"{file}")
     pretraining_throughput.main()
@@ -453,6 +463,7 @@ def test_real_shards_padded_and_unpadded(read, files, tmp_path, capsys):
     assert [(row["model"], row["way"]) for row in rows] == [
         (model, way) for model in ("dense", "slope") for way in ("padded", "unpadded")
     ]
+    assert [row["gpu"]["sm_mhz"]["median"] for row in rows] == [1, 2, 3, 4], "each way's own"
     for padded, unpadded in zip(rows[::2], rows[1::2], strict=True):
         assert padded["steps"] == unpadded["steps"]
         assert 0.1 < padded["padding_share"] < 0.5
@@ -462,6 +473,40 @@ def test_real_shards_padded_and_unpadded(read, files, tmp_path, capsys):
         limit = unpadded["limit"]
         assert limit["low"] <= real[1] / real[0] <= limit["high"]  # the same tokens, in fewer places
     assert "63 sequences of at most 16 tokens, 1 x 4 a step" in capsys.readouterr().out
+
+
+def test_a_model_is_gone_before_the_next_one_is_made(read, files, monkeypatch):
+    made, there = [], []
+
+    class Watched(shard_throughput.ShardSteps):
+        def __init__(self, *given):
+            there.append(sum(run() is not None for run in made))
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(shard_throughput, "ShardSteps", Watched)
+    read("--input_dir", f"{files.train}", "--local_batch_size", "4", "--num_workers", "0")
+    pretraining_throughput.main()
+    assert there == [0, 1, 0, 1]
+
+
+def test_a_sample_is_of_all_its_steps(monkeypatch):
+    run = SimpleNamespace(tokens=5.0, slots=7, waited=0.5)
+
+    def seconds_of(run, count, world):
+        run.tokens, run.slots, run.waited = run.tokens + 10, run.slots + 20, run.waited + 0.25
+        return 0.1
+
+    monkeypatch.setattr(shard_throughput, "seconds_of", seconds_of)
+    assert shard_throughput.take_sample(run, 4, ALONE) == shard_throughput.Sample(0.4, 10.0, 20, 0.25, 4)
+
+
+def test_the_loader_that_was_is_closed(monkeypatch):
+    closed, run = [], shard_throughput.ShardSteps.__new__(shard_throughput.ShardSteps)
+    run.loader = SimpleNamespace(close=lambda: closed.append(True))
+    run.new_loader = lambda: "new"
+    run.begin_again()
+    assert closed == [True] and run.loader == "new"
 
 
 def test_what_the_padding_allows():
@@ -503,7 +548,7 @@ def test_all_steps_that_count_were_taken_once_before(monkeypatch):
 
     def seconds_of(run, count, world):
         run.take(count)
-        return 0.1 if run.way == "padded" else 0.05
+        return 1.0 if run.way == "unpadded" or run.at == 1 else 0.1  # the first one, and unpadded ones, capture
 
     def take_sample(run, count, world):
         run.take(count)
@@ -522,7 +567,7 @@ def test_all_steps_that_count_were_taken_once_before(monkeypatch):
     assert [entry for entry in log if len(entry) == 1] == [("padded",), ("unpadded",)] * 2, "watched while they count"
     args.sample_seconds = 5.0
     shard_throughput.take_rounds({way: Run(way) for way in ways}, args, ALONE, watches)
-    assert log[-1][1] == 50  # by the way that takes longer
+    assert log[-1][1] == 50
 
 
 def test_profiles_are_of_the_same_steps(monkeypatch):
