@@ -7,7 +7,7 @@ A tensor's name ends in its shape:
     B  sequences of the micro-batch     S  tokens of a sequence     P  masked positions of a sequence
     A  attention heads                  D  size of a head           H  hidden size, A * D
     V  vocabulary size, padded          C  classes                  I  intermediate size
-    T  tokens of all sequences, end to end
+    T  tokens of all sequences, end to end     M  predictions of all sequences, likewise
 
 The encoder takes sequences in two forms: padded to one length, [B, S, H] with a mask, or end to end, [T, H] with a
 `Packing` that says where each begins; a T in a name there stands for either form's leading dimensions.
