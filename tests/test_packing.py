@@ -264,6 +264,28 @@ def test_a_whole_run_without_padding_learns_the_same(files, tmp_path):
             assert packed == pytest.approx(padded, rel=1e-3), column
 
 
+def test_two_ranks_without_padding_train_as_one_with_it(files, tmp_path):
+    """Each has as many tokens and predictions as its own sequences."""
+    common = {"model_config_file": files.model_without_dropout, "global_batch_size": 70, "max_steps": 3}
+    run(files.flags(tmp_path / "one", **common, local_batch_size=40, unpad="False"))
+    run(files.flags(tmp_path / "two", **common, local_batch_size=20, unpad="True"), ranks=2)
+    for column in ("mlm_loss", "nsp_loss"):
+        one, two = (values(tmp_path / name, column) for name in ("one", "two"))
+        assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_scores_are_those_of_the_padded_path_whatever_the_last_block_computes(files, tmp_path, whole):
+    begun = assembled(files.flags(tmp_path, unpad="True", **NO_ADAPTERS))
+    model = begun.engine.model.eval()
+    model.bert.encoder.whole_last_block = whole
+    padded = next(micro_batches({name: torch.from_numpy(array) for name, array in padded_step().items()}))
+    packed = next(micro_batches(packed_step(multiple=16)))
+    expected, scores = (begun.forward(model, part)[2] for part in (padded, packed))
+    used = padded["masked_labels"] >= 0
+    torch.testing.assert_close(scores[: used.sum()], expected[used])
+
+
 def test_longer_sequences_to_evaluate_on_count_too(files, tmp_path):
     """What attends is told the longest of both; graphs are captured for those that are trained on."""
     write_shard(tmp_path / "short/shard_0.hdf5", count=20, length=LENGTH - 4, vocab_size=VOCAB_SIZE)

@@ -106,6 +106,7 @@ def test_only_together_averages_gradients_and_only_alone_needs_nobody(tmp_path):
 def test_a_process_alone_is_a_whole_world(read, monkeypatch):
     args = read()
     flags, config = scaling.training_flags(args, "dense"), BertConfig.from_json_file(args.model_config_file)
+    assert flags.max_predictions_per_seq == scaling.predictions_of(args.sequence_length) < 80, "what a batch has"
     step = scaling.TrainingStep(flags, config, World(0, 2, 0, CPU), LENGTH)
     step.repeat(3)
     ways = scaling.ways_of(step)

@@ -103,6 +103,12 @@ def losses(step: TrainingStep, monkeypatch, count: int = 1) -> list[tuple[float,
     return found
 
 
+def test_a_variant_has_places_for_the_predictions_of_its_batch(read):
+    """The largest batch, which an unpadded step has captured first, is made by the flag."""
+    step = step_candidates.make_step("dense", Setting(LENGTH, 2), read("--shapes", f"{LENGTH}x2"), ALONE)
+    assert step.args.max_predictions_per_seq == next(step.loader)["masked_labels"].shape[-1] == 4
+
+
 def test_unpadded_and_padded_steps_have_the_same_losses(model_file, config, monkeypatch):
     padded, unpadded = (make_step(model_file, config, unpad=word) for word in ("False", "True"))
     assert "boundaries" in next(unpadded.loader) and "attention_mask" in next(padded.loader)
