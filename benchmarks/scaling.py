@@ -50,7 +50,7 @@ from benchmarks.training_step import (
     TrainingStep,
     machine,
     own_command,
-    predictions_of,
+    prediction_flags,
     run_flags,
 )
 from configuration import BertConfig
@@ -132,8 +132,7 @@ def training_flags(args, model: str) -> SimpleNamespace:
     """The flags of run_pretraining.py that stand for the rest of the training."""
     names = ("model_config_file", "local_batch_size", "optimizer", "cuda_graphs")
     shared = {name: getattr(args, name) for name in names}
-    predictions = predictions_of(args.sequence_length)
-    return run_flags(model, precision=args.dtype, max_predictions_per_seq=predictions, **shared)
+    return run_flags(model, precision=args.dtype, **prediction_flags(args.sequence_length), **shared)
 
 
 # ------------------------------------------------------------------------------------------------------------- the step

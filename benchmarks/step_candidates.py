@@ -11,7 +11,15 @@ from benchmarks.huggingface_step import HuggingFaceStep
 from benchmarks.memory import size_of
 from benchmarks.step_profile import profile
 from benchmarks.timing import GpuState, GpuWatch, Spread
-from benchmarks.training_step import SharedGraphs, TrainingStep, predictions_of, run_flags, take_turns, wait
+from benchmarks.training_step import (
+    SharedGraphs,
+    TrainingStep,
+    prediction_flags,
+    predictions_of,
+    run_flags,
+    take_turns,
+    wait,
+)
 from configuration import BertConfig
 from training.distributed import World
 from training.throughput import peak_tflops, useful_flops
@@ -83,7 +91,7 @@ def make_step(name: str, setting: Setting, args, world: World, **more) -> Traini
         same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "attention", "dense_kernels")}
         if same["attention"] == "short" and setting.length > SHORT:
             same["attention"] = "auto"  # so that one command can have shapes of either kind
-        same |= {"local_batch_size": setting.sequences, "max_predictions_per_seq": predictions_of(setting.length)}
+        same |= {"local_batch_size": setting.sequences, **prediction_flags(setting.length)}
         flags = run_flags(model, precision=args.dtype, **same, **more)
         step = TrainingStep(flags, config, world, setting.length, rank)
     step.repeat(args.accumulation)

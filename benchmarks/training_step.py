@@ -50,6 +50,12 @@ def predictions_of(length: int) -> int:
     return -(-15 * length // 400) * 4
 
 
+def prediction_flags(length: int) -> dict[str, float]:
+    """The flags of run_pretraining.py that say so, for sequences all of whose predictions are used."""
+    predictions = predictions_of(length)
+    return {"max_predictions_per_seq": predictions, "masked_token_fraction": predictions / length}
+
+
 def random_batch(
     config: BertConfig, accumulation: int, sequences: int, length: int, seed: int = 0
 ) -> dict[str, Tensor]:

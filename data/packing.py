@@ -121,10 +121,14 @@ def sequence_lengths(batch: Batch) -> torch.Tensor:
     return batch["attention_mask"].sum(-1)
 
 
-def fullest_micro_batch(part: Batch, sequence_length: int, max_predictions_per_seq: int, multiple: int) -> Batch:
-    """A packed micro-batch of as many sequences as `part`, without any padding; tokens and labels mean nothing."""
+def fullest_micro_batch(
+    part: Batch, sequence_length: int, multiple: int, masked_token_fraction: float, max_predictions_per_seq: int
+) -> Batch:
+    """A packed micro-batch of as many sequences as `part`, without any padding, and the predictions of its tokens'
+    share; tokens and labels mean nothing."""
     sequences = len(part["next_sentence_labels"])
-    tokens, predictions = -(-sequences * sequence_length // multiple) * multiple, sequences * max_predictions_per_seq
+    tokens = -(-sequences * sequence_length // multiple) * multiple
+    predictions = prediction_places(tokens, masked_token_fraction, sequences * max_predictions_per_seq)
     count, like = len(part["boundaries"]), part["boundaries"]
     full = {name: like.new_zeros(tokens) for name in _BY_TOKEN}
     full["boundaries"] = (torch.arange(count, device=like.device) * sequence_length).clamp_(max=tokens)

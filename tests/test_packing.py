@@ -154,18 +154,20 @@ def test_more_places_for_predictions_than_there_are_tokens():
     for part, tokens in zip(micro_batches(packed), (16, 32), strict=True):
         assert len(part["masked_positions"]) == 24
         assert part["masked_positions"].max() < tokens
-    full = fullest_micro_batch(part, sequence_length=8, max_predictions_per_seq=20, multiple=16)
+    full = fullest_micro_batch(part, 8, 16, masked_token_fraction=1.0, max_predictions_per_seq=20)
     assert len(full["masked_positions"]) == 60 and full["masked_positions"].max() < 32
 
 
 def test_the_fullest_micro_batch_has_the_form_of_all_others_and_no_padding():
     part = next(micro_batches(packed_step(multiple=16)))
-    full = fullest_micro_batch(part, sequence_length=8, max_predictions_per_seq=2, multiple=16)
+    full = fullest_micro_batch(part, 8, 16, masked_token_fraction=0.15, max_predictions_per_seq=2)
     assert list(full) == list(part)
     assert len(full["input_ids"]) == len(full["positions"]) == 32  # 3 sequences of 8, filled up
     assert full["boundaries"].tolist() == [0, 8, 16, 24, 32, 32]
     assert len(full["masked_positions"]) == len(full["masked_labels"]) == 6
     assert len(full["masked_positions"].unique()) == 6
+    wide = fullest_micro_batch(part, 8, 16, masked_token_fraction=0.15, max_predictions_per_seq=80)
+    assert len(wide["masked_positions"]) == 64, "as any other micro-batch of as many tokens has, not 240"
     assert full["next_sentence_labels"].shape == part["next_sentence_labels"].shape
     assert all(full[name].dtype == part[name].dtype for name in part)
 

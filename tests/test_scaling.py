@@ -17,7 +17,7 @@ from pretraining_runs import LENGTH, MODEL, ROOT, begin_ranks, write_model
 
 from benchmarks import scaling, scaling_picture
 from benchmarks.timing import GpuState, Spread
-from benchmarks.training_step import NOT_STOPPED
+from benchmarks.training_step import NOT_STOPPED, predictions_of
 from configuration import BertConfig
 from modeling import BertForPreTraining
 from sparse_ops import SparseLinear, named_layers
@@ -106,7 +106,7 @@ def test_only_together_averages_gradients_and_only_alone_needs_nobody(tmp_path):
 def test_a_process_alone_is_a_whole_world(read, monkeypatch):
     args = read()
     flags, config = scaling.training_flags(args, "dense"), BertConfig.from_json_file(args.model_config_file)
-    assert flags.max_predictions_per_seq == scaling.predictions_of(args.sequence_length) < 80, "what a batch has"
+    assert flags.max_predictions_per_seq == predictions_of(args.sequence_length) < 80, "what a batch has"
     step = scaling.TrainingStep(flags, config, World(0, 2, 0, CPU), LENGTH)
     step.repeat(3)
     ways = scaling.ways_of(step)

@@ -290,8 +290,9 @@ class PretrainingRun:
         parts = [part | {"shares": shares} for part in micro_batches(self.on_device(batch))]
         count = len(parts)
         if self.pack_multiple is not None:
-            widths = (self.sequence_length, self.args.max_predictions_per_seq, self.pack_multiple)
-            engine.prepare(lambda: fullest_micro_batch(parts[0], *widths), count)
+            predicted = self.args.masked_token_fraction, self.args.max_predictions_per_seq
+            sizes = (self.sequence_length, self.pack_multiple, *predicted)
+            engine.prepare(lambda: fullest_micro_batch(parts[0], *sizes), count)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for micro_step, part in enumerate(parts):
             seed_dropout(self.args.seed, step, micro_step, self.world.rank)
