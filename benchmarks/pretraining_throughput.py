@@ -25,7 +25,6 @@ with the one that does not.
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +34,7 @@ import torch
 from benchmarks import huggingface_step, shard_throughput
 from benchmarks.common import benchmark_parser, names_among, parse_benchmark_flags
 from benchmarks.step_candidates import HUGGINGFACE, OURS, Setting, allocated, largest, measure, peak_alone
-from benchmarks.step_profile import KINDS, kind_text
+from benchmarks.step_profile import KIND_COLUMNS
 from benchmarks.throughput_picture import draw
 from benchmarks.timing import Spread
 from benchmarks.training_step import MachineReport, machine
@@ -218,7 +217,7 @@ COLUMNS = {
 PROFILE_COLUMNS = {
     "sequences x tokens": COLUMNS["sequences x tokens"],
     "variant": COLUMNS["variant"],
-    **{kind: partial(kind_text, kind) for kind in KINDS},
+    **KIND_COLUMNS,
 }
 LARGEST_COLUMNS = {
     "tokens of a sequence": lambda r: f"{r['sequence_length']}",

@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from benchmarks.step_candidates import allocated
-from benchmarks.step_profile import KINDS, kind_text, profile
+from benchmarks.step_profile import KIND_COLUMNS, profile
 from benchmarks.timing import GpuState, GpuWatch, Spread
 from benchmarks.training_step import (
     MachineReport,
@@ -168,11 +167,7 @@ COLUMNS = {
     "SM clock, power, share capped": lambda r: r["gpu"].text(),
 }
 
-PROFILE_COLUMNS = {
-    "model": COLUMNS["model"],
-    "": COLUMNS[""],
-    **{kind: partial(kind_text, kind) for kind in KINDS},
-}
+PROFILE_COLUMNS = {"model": COLUMNS["model"], "": COLUMNS[""], **KIND_COLUMNS}
 
 FORWARDED = ("model_config_file", "optimizer", "input_dir", "num_workers", "dense_kernels")
 

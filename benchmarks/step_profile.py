@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,9 +47,12 @@ def breakdown(kernels: Sequence[Kernel], steps: int) -> dict[str, float]:
 
 
 def kind_text(kind: str, row: dict) -> str:
-    """A cell of a table of profiles: milliseconds of a kind in `kernel_seconds`, and its share."""
+    """Milliseconds of a kind in `kernel_seconds`, and its share."""
     seconds = row["kernel_seconds"]
     return f"{seconds[kind] * 1e3:.2f} ({seconds[kind] / sum(seconds.values()):.1%})"
+
+
+KIND_COLUMNS = {kind: partial(kind_text, kind) for kind in KINDS}  # of a table of profiles
 
 
 def covered(kernels: Iterable[Kernel]) -> float:

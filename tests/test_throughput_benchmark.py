@@ -29,6 +29,7 @@ from benchmarks.step_candidates import OURS, Candidate, Setting
 from benchmarks.timing import GpuState, Spread
 from benchmarks.training_step import TrainingStep, run_flags
 from configuration import BertConfig
+from data.packing import prediction_places
 from modeling import BertForPreTraining
 from sparse_ops import SparseLinear, named_layers
 from training.distributed import World
@@ -107,6 +108,10 @@ def test_a_variant_has_places_for_the_predictions_of_its_batch(read):
     """The largest batch, which an unpadded step has captured first, is made by the flag."""
     step = step_candidates.make_step("dense", Setting(LENGTH, 2), read("--shapes", f"{LENGTH}x2"), ALONE)
     assert step.args.max_predictions_per_seq == next(step.loader)["masked_labels"].shape[-1] == 4
+    for length in (128, 512):  # 20 of 128 and 80 of 512 are more than 15%
+        flags, tokens = training_step.prediction_flags(length), 2**15
+        used = tokens // length * flags["max_predictions_per_seq"]
+        assert prediction_places(tokens, flags["masked_token_fraction"], tokens) == used
 
 
 def test_unpadded_and_padded_steps_have_the_same_losses(model_file, config, monkeypatch):
