@@ -64,7 +64,7 @@ class Packing(NamedTuple):
     longest: int
     """No sequence is longer."""
     short: bool = False
-    """Whether kernels/short_attention.py runs it: on a GPU, if no sequence is longer than 128 tokens."""
+    """Whether kernels/short_attention.py runs it: on a GPU, if no sequence is longer than 512 tokens."""
 
     def padded(self, scores_TC: Tensor) -> Tensor:
         """[B, longest, C]: each sequence's scores, and behind its end any others."""
@@ -176,7 +176,7 @@ class BertSelfAttention(nn.Module):
             outputs, bias = products(hidden_TH, self.projections())
             shape = (3, self.num_heads, -1) if len(outputs) == 1 else (self.num_heads, -1)
             heads = [output.unflatten(-1, shape) for output in outputs]
-            return short_attention(heads, bias, attention.boundaries, dropout_p).flatten(1)
+            return short_attention(heads, bias, attention.boundaries, dropout_p, attention.longest).flatten(1)
         heads_TAD = [projection(hidden_TH).unflatten(-1, (self.num_heads, -1)) for projection in self.projections()]
         if isinstance(attention, Packing):
             return packed_attention(*heads_TAD, attention, dropout_p).flatten(1)

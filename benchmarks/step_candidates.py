@@ -26,7 +26,7 @@ from training.throughput import peak_tflops, useful_flops
 
 HUGGINGFACE = "huggingface"
 OURS = {"dense": ("dense", 0), "slope": ("slope", 0), "slope-16": ("slope", 16), "slope-64": ("slope", 64)}
-SHORT = 128  # tokens: what kernels of ours take
+SHORT = 512  # tokens: what kernels of ours take
 MULTIPLE = 8  # of the largest batch
 
 

@@ -1,5 +1,5 @@
 """Attention of sequences that lie end to end and have at most 128 tokens, in Triton; on a Hopper GPU the backward pass
-of heads of size 64 in Gluon (kernels/hopper_attention.py).
+of heads of size 64 in Gluon (kernels/hopper_attention.py). Longer ones: kernels/blockwise_attention.py.
 
 A program takes one head of one sequence. All its scores fit into registers, so the softmax is the plain one, nothing is
 kept for the backward pass but the inputs, and that is one kernel: it computes the probabilities again, needs no output
@@ -113,7 +113,7 @@ def _powers(q, k, length, log2_scale, LONGEST: tl.constexpr):
 
 
 @triton.jit
-def _folded(bits, BY: tl.constexpr):
+def folded(bits, BY: tl.constexpr):
     """Both halves of a product, one over the other."""
     product = bits.to(tl.uint64) * BY
     return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
@@ -124,9 +124,9 @@ def _kept(first, head, seed, threshold, HEADS: tl.constexpr, LONGEST: tl.constex
     """What dropout keeps of the scores; kernels/hopper_attention.py has the same."""
     queries, keys = tl.arange(0, LONGEST)[:, None], tl.arange(0, LONGEST)[None, :]
     numbers = ((first + (queries & 0x77)) * HEADS + head) * LONGEST + (keys & 0x77)
-    bits = _folded((numbers + tl.load(seed)).to(tl.uint32, bitcast=True), 0xED5AD4BB)
-    bits = _folded(bits ^ tl.load(seed + 1).to(tl.uint32, bitcast=True), 0xAC4C1B51)
-    bits = tl.where((queries & 8) != 0, _folded(bits, 0xC2B2AE3D), bits)
+    bits = folded((numbers + tl.load(seed)).to(tl.uint32, bitcast=True), 0xED5AD4BB)
+    bits = folded(bits ^ tl.load(seed + 1).to(tl.uint32, bitcast=True), 0xAC4C1B51)
+    bits = tl.where((queries & 8) != 0, folded(bits, 0xC2B2AE3D), bits)
     return (bits << ((keys & 8) * 2).to(tl.uint32)) >= (threshold.to(tl.uint32) << 16)
 
 
@@ -221,7 +221,7 @@ def share_dropped(dropout_p: float) -> float:
     return min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
 
 
-def _settings(heads: Sequence[Tensor], boundaries: Tensor, dropout_p: float) -> tuple[list[Tensor], Settings]:
+def settings(heads: Sequence[Tensor], boundaries: Tensor, dropout_p: float) -> tuple[list[Tensor], Settings]:
     """Query, key and value [T, A, D] with rows equally far apart; how the kernels take them."""
     _, count, size = heads[0].shape
     strides = heads[0].stride()
@@ -237,7 +237,7 @@ def _settings(heads: Sequence[Tensor], boundaries: Tensor, dropout_p: float) -> 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, boundaries: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
-    heads, (grid, (_, *numbers), shape) = _settings((query, key, value), boundaries, dropout_p)
+    heads, (grid, (_, *numbers), shape) = settings((query, key, value), boundaries, dropout_p)
     out = query.new_empty(query.shape)
     with torch.cuda.device_of(query):
         _attention_forward[grid](*heads, bias, boundaries, seed, out, *numbers, **shape, num_warps=WARPS)
@@ -254,7 +254,7 @@ def _attend_backward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    heads, (grid, numbers, shape) = _settings((query, key, value), boundaries, dropout_p)
+    heads, (grid, numbers, shape) = settings((query, key, value), boundaries, dropout_p)
     tokens, count, size = query.shape
     grad_qkv = query.new_empty(tokens, 3, count, size)
     shares = bias.new_zeros(len(boundaries) - 1, len(bias))  # zeros, for sequences without tokens
@@ -300,35 +300,41 @@ class _ShortAttention(torch.autograd.Function):
     def forward(ctx, bias, boundaries, seed, dropout_p, *heads):
         ctx.save_for_backward(bias, boundaries, seed, *heads)
         ctx.dropout_p = dropout_p
-        return torch.ops.slope.short_attention(*_apart(heads), bias, boundaries, seed, dropout_p)
+        return torch.ops.slope.short_attention(*apart(heads), bias, boundaries, seed, dropout_p)
 
     @staticmethod
     def backward(ctx, grad):
         bias, boundaries, seed, *heads = ctx.saved_tensors
         grad_qkv, grad_bias = torch.ops.slope.short_attention_backward(
-            grad, *_apart(heads), bias, boundaries, seed, ctx.dropout_p
+            grad, *apart(heads), bias, boundaries, seed, ctx.dropout_p
         )
         grads = (grad_qkv,) if len(heads) == 1 else grad_qkv.unbind(1)
         return grad_bias, None, None, None, *grads
 
 
-def _apart(heads: Sequence[Tensor]) -> Sequence[Tensor]:
+def apart(heads: Sequence[Tensor]) -> Sequence[Tensor]:
     return heads[0].unbind(1) if len(heads) == 1 else heads
 
 
-def short_attention(heads: Sequence[Tensor], bias: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
+def short_attention(
+    heads: Sequence[Tensor], bias: Tensor, boundaries: Tensor, dropout_p: float, longest: int = LONGEST
+) -> Tensor:
     """Softmax attention of every token to those of its own sequence.
 
     Args:
         heads: query, key and value without their biases, bf16 or fp16: together, one tensor [T, 3, A, D], or three
             [T, A, D]; D in `HEAD_SIZES`.
         bias: fp32 [3 A D]; added here, since so its gradient costs no pass over theirs.
-        boundaries: where each sequence begins, and where the last one ends, int32: 0, ..., T. No sequence is longer
-            than `LONGEST`; one may be empty.
+        boundaries: where each sequence begins, and where the last one ends, int32: 0, ..., T. One may be empty.
         dropout_p: share of the probabilities that are dropped, to 16 bits; its seed comes from torch's generator.
+        longest: no sequence is longer; more than `LONGEST` is kernels/blockwise_attention.py's.
 
     Returns:
         [T, A, D].
     """
+    if longest > LONGEST:
+        from kernels.blockwise_attention import blockwise_attention  # which has parts of this module
+
+        return blockwise_attention(heads, bias, boundaries, longest, dropout_p)
     seed = dropout_seed(heads[0]) if dropout_p else None
     return _ShortAttention.apply(bias, boundaries, seed, dropout_p, *heads)

@@ -5,10 +5,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kernels import blockwise_attention
 from kernels.dense_parts import dropout_seed
 from kernels.short_attention import LONGEST, share_dropped, short_attention
 
 LENGTHS = (LONGEST, 0, 1, 71, 64, 17, LONGEST, 0)
+LONGER = (256, 0, 1, 71, 200, 64, 129, 0)  # for kernels/blockwise_attention.py
+
+
+def lengths_for(longest: int) -> tuple[int, ...]:
+    return LENGTHS if longest == LONGEST else LONGER
 
 
 @contextmanager
@@ -25,27 +31,28 @@ def boundaries_of(lengths, device) -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
-def kept_scores(boundaries: Tensor, heads: int, seed: Tensor, dropout_p: float) -> Tensor:
-    """What dropout keeps, [T, A, LONGEST]: the kernels' rule in int64."""
+def kept_scores(boundaries: Tensor, heads: int, seed: Tensor, dropout_p: float, longest: int = LONGEST) -> Tensor:
+    """What dropout keeps, [T, A, longest]: the kernels' rule in int64."""
     starts, lengths, words = boundaries[:-1].long(), boundaries.diff().long(), 2**32 - 1
+    stride = LONGEST if longest == LONGEST else blockwise_attention.LONGEST
     first = torch.repeat_interleave(starts, lengths)
     queries = torch.arange(len(first), device=seed.device) - first
-    keys = torch.arange(LONGEST, device=seed.device)
-    rows = (first + (queries & 0x77))[:, None] * heads + torch.arange(heads, device=seed.device)
+    keys = torch.arange(longest, device=seed.device)
+    rows = (first + (queries & ~8))[:, None] * heads + torch.arange(heads, device=seed.device)
 
     def folded(bits: Tensor, by: int) -> Tensor:
         low, high = bits * (by & 0xFFFF), bits * (by >> 16)  # of 48 bits each
         upper = (low >> 16) + high
         return (upper >> 16) ^ ((upper << 16 | low & 0xFFFF) & words)
 
-    bits = folded((rows[..., None] * LONGEST + (keys & 0x77) + seed[0]) & words, 0xED5AD4BB)
+    bits = folded((rows[..., None] * stride + (keys & ~8) + seed[0]) & words, 0xED5AD4BB)
     bits = folded(bits ^ (seed[1].long() & words), 0xAC4C1B51)
     bits = torch.where((queries & 8 != 0)[:, None, None], folded(bits, 0xC2B2AE3D), bits)
     return torch.where(keys & 8 != 0, bits & 0xFFFF, bits >> 16) >= share_dropped(dropout_p) * 2**16
 
 
 def exact(qkv: Tensor, bias: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):
-    """In float64, sequence by sequence; `kept` [T, A, LONGEST] is dropout's mask."""
+    """In float64, sequence by sequence; `kept` [T, A, longest] is dropout's mask."""
     outputs = []
     biased = qkv + bias.view(qkv.shape[1:])
     for begin, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
@@ -69,12 +76,12 @@ def draw(device, dtype, heads: int, size: int, lengths=LENGTHS, spread: float = 
     return [qkv, bias, normal(sum(lengths), heads, size).to(dtype)]
 
 
-def attention_of(boundaries: Tensor, dropout_p: float = 0.0, apart: bool = False):
+def attention_of(boundaries: Tensor, dropout_p: float = 0.0, apart: bool = False, longest: int = LONGEST):
     """Of query, key and value in one tensor and their bias."""
 
     def attention(qkv: Tensor, bias: Tensor) -> Tensor:
         heads = [part.contiguous() for part in qkv.unbind(1)] if apart else [qkv]
-        return short_attention(heads, bias, boundaries, dropout_p)
+        return short_attention(heads, bias, boundaries, dropout_p, longest)
 
     return attention
 
@@ -87,64 +94,78 @@ def gradients(attention, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def check(device, dtype, heads: int = 2, size: int = 64, dropout_p: float = 0.0, spread: float = 1.0) -> None:
-    """Output and gradients, to the rounding of `dtype`, with scores that are spread by `spread` squared."""
-    *inputs, grad = draw(device, dtype, heads, size, spread=spread)
-    boundaries, kept = boundaries_of(LENGTHS, device), None
+def check(
+    device,
+    dtype,
+    heads: int = 2,
+    size: int = 64,
+    dropout_p: float = 0.0,
+    spread: float = 1.0,
+    longest: int = LONGEST,
+) -> None:
+    """Output and gradients, to the rounding of `dtype`, with scores that are spread by `spread` squared.
+
+    Block by block, rowsum(dO * O) is of the rounded output, as in FlashAttention: seen where one score outweighs all.
+    """
+    most = 1 if longest == LONGEST or spread == 1 else 2
+    lengths = lengths_for(longest)
+    *inputs, grad = draw(device, dtype, heads, size, lengths, spread)
+    boundaries, kept = boundaries_of(lengths, device), None
     torch.manual_seed(5)
-    found = gradients(attention_of(boundaries, dropout_p), inputs, grad)
+    found = gradients(attention_of(boundaries, dropout_p, longest=longest), inputs, grad)
     if dropout_p:
         torch.manual_seed(5)
-        kept = kept_scores(boundaries, heads, dropout_seed(grad), dropout_p)
+        kept = kept_scores(boundaries, heads, dropout_seed(grad), dropout_p, longest)
     doubles = [tensor.double() for tensor in inputs]
-    bias = doubles[1].view(3, heads, size)
-    doubles[0] = (doubles[0] + bias).to(dtype).double() - bias  # the kernels multiply the sum, rounded
+    rounded = slice(0, 3 if longest == LONGEST else 1)  # query, key and value, or the query alone
+    bias, parts = doubles[1].view(3, heads, size)[rounded], doubles[0][:, rounded]
+    parts.copy_((parts + bias).to(dtype).double() - bias)  # the kernels multiply the sum, rounded
     right = gradients(lambda *given: exact(*given, boundaries, kept, dropout_p), doubles, grad.double())
     for name, ours, expected in zip(("output", "qkv", "bias"), found, right, strict=True):
         error, eps = (ours.double() - expected).abs(), torch.finfo(dtype).eps
         assert ours.dtype == (torch.float32 if name == "bias" else dtype) and ours.shape == expected.shape
-        assert error.norm() < eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
+        assert error.norm() < most * eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
         assert error.max() < 8 * eps * expected.abs().max(), name
 
 
-def check_equal_bits(device, dtype, size: int = 32) -> None:
-    *inputs, grad = draw(device, dtype, heads=2, size=size)
-    boundaries, results = boundaries_of(LENGTHS, device), []
+def check_equal_bits(device, dtype, size: int = 32, longest: int = LONGEST) -> None:
+    *inputs, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest))
+    boundaries, results = boundaries_of(lengths_for(longest), device), []
     for _ in range(2):
         torch.manual_seed(5)
-        results.append(gradients(attention_of(boundaries, 0.1), inputs, grad))
+        results.append(gradients(attention_of(boundaries, 0.1, longest=longest), inputs, grad))
     assert all(map(torch.equal, *results))
 
 
-def check_nothing_behind_a_sequence_is_touched(device, dtype, size: int = 32) -> None:
+def check_nothing_behind_a_sequence_is_touched(device, dtype, size: int = 32, longest: int = LONGEST) -> None:
     """What lies there is not read, or a NaN would spread, and not written, or it would not stay one."""
     length = 71
-    qkv, bias, grad = draw(device, dtype, heads=2, size=size)
+    qkv, bias, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest))
     qkv[length:], grad[length:] = float("nan"), float("nan")
     boundaries = boundaries_of([length], device)
-    found = gradients(attention_of(boundaries, 0.1), [qkv, bias], grad)
+    found = gradients(attention_of(boundaries, 0.1, longest=longest), [qkv, bias], grad)
     for tensor in found[:2]:
         assert tensor[:length].isfinite().all() and tensor[length:].isnan().all()
     assert found[2].isfinite().all()
 
 
-def check_other_strides(device, dtype) -> None:
+def check_other_strides(device, dtype, longest: int = LONGEST) -> None:
     """Inputs that lie in memory in another order."""
-    qkv, bias, grad = draw(device, dtype, heads=2, size=32)
-    boundaries, results = boundaries_of(LENGTHS, device), []
+    qkv, bias, grad = draw(device, dtype, heads=2, size=32, lengths=lengths_for(longest))
+    boundaries, results = boundaries_of(lengths_for(longest), device), []
     for lay_out in (Tensor.contiguous, lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1)):
         given = [lay_out(qkv), bias]
-        results.append(gradients(attention_of(boundaries), given, lay_out(grad)))
+        results.append(gradients(attention_of(boundaries, longest=longest), given, lay_out(grad)))
     assert all(map(torch.equal, *results))
 
 
-def check_three_tensors(device, dtype, size: int = 32) -> None:
+def check_three_tensors(device, dtype, size: int = 32, longest: int = LONGEST) -> None:
     """Query, key and value apart are what they are together, bit by bit."""
-    *inputs, grad = draw(device, dtype, heads=2, size=size)
-    boundaries, results = boundaries_of(LENGTHS, device), []
+    *inputs, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest))
+    boundaries, results = boundaries_of(lengths_for(longest), device), []
     for apart in (False, True):
         torch.manual_seed(5)
-        results.append(gradients(attention_of(boundaries, 0.1, apart), inputs, grad))
+        results.append(gradients(attention_of(boundaries, 0.1, apart, longest), inputs, grad))
     assert all(map(torch.equal, *results))
 
 

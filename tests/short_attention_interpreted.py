@@ -1,4 +1,5 @@
-"""kernels/short_attention.py in Triton's interpreter, which runs the kernels on CPU tensors: checks as on a GPU.
+"""kernels/short_attention.py, and kernels/blockwise_attention.py from 129 tokens on, in Triton's interpreter, which
+runs the kernels on CPU tensors: checks as on a GPU.
 
     TRITON_INTERPRET=1 python -m pytest tests/short_attention_interpreted.py    # as tests/test_block_kernels.py does
 
@@ -22,28 +23,34 @@ from test_compiled_parts import CONFIG, LENGTHS, batch_of, check_results, result
 
 from modeling import BertForPreTraining, compiled_parts
 
+both = pytest.mark.parametrize("longest", [128, 256])
+
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize(("heads", "size"), [(1, 64), (3, 32), (2, 16)])
-def test_output_and_gradients_are_the_exact_ones(heads, size, dropout_p):
-    check("cpu", torch.float16, heads, size, dropout_p)
+@pytest.mark.parametrize(("heads", "size", "longest"), [(1, 64, 128), (3, 32, 128), (2, 16, 128), (2, 32, 256)])
+def test_output_and_gradients_are_the_exact_ones(heads, size, longest, dropout_p):
+    check("cpu", torch.float16, heads, size, dropout_p, longest=longest)
 
 
-def test_scores_that_lie_far_apart():
-    check("cpu", torch.float16, spread=6.0)
+@both
+def test_scores_that_lie_far_apart(longest):
+    check("cpu", torch.float16, spread=6.0, longest=longest)
 
 
-def test_equal_inputs_give_equal_bits():
-    check_equal_bits("cpu", torch.float16)
+@both
+def test_equal_inputs_give_equal_bits(longest):
+    check_equal_bits("cpu", torch.float16, longest=longest)
 
 
-def test_nothing_behind_a_sequence_is_touched():
-    check_nothing_behind_a_sequence_is_touched("cpu", torch.float16)
+@both
+def test_nothing_behind_a_sequence_is_touched(longest):
+    check_nothing_behind_a_sequence_is_touched("cpu", torch.float16, longest=longest)
 
 
-def test_other_strides():
-    check_other_strides("cpu", torch.float16)
-    check_three_tensors("cpu", torch.float16)
+@both
+def test_other_strides(longest):
+    check_other_strides("cpu", torch.float16, longest)
+    check_three_tensors("cpu", torch.float16, longest=longest)
 
 
 def test_the_mask_has_no_pattern():

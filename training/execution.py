@@ -94,7 +94,8 @@ def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int
     missing = _unavailable("short_attention", world)
     if missing:
         return missing
-    from kernels.short_attention import HEAD_SIZES, LONGEST, runs_on_hopper
+    from kernels.blockwise_attention import LONGEST
+    from kernels.short_attention import HEAD_SIZES, runs_on_hopper
 
     head = config.hidden_size // config.num_attention_heads
     missing = _unavailable("hopper_attention", world) if runs_on_hopper(world.device, head) else ""

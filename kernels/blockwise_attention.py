@@ -1,21 +1,19 @@
-"""Attention of sequences that lie end to end and have at most 512 tokens, in Triton.
+"""Attention of sequences that lie end to end and have at most 512 tokens, in Triton, block by block.
 
 A program takes one head of one sequence and a block of its queries, or of its keys, and goes over the blocks of the
-others, as FlashAttention does (Dao, 2023): the softmax is made block by block, and its logarithm's sum is kept for the
-backward pass. That is two kernels: one over blocks of queries, for the gradients of the queries, and one over blocks of
-keys. Each computes the probabilities again, so one of three products is computed twice; nothing is added up across
-programs, so equal inputs give equal bits.
+others, as FlashAttention-2 does (Dao, 2023): the softmax is made as blocks come, and the logarithm of its sum is kept
+for the backward pass. That is two kernels, one over blocks of queries, for their gradients, one over blocks of keys.
+Both compute the probabilities again; nothing is added up across programs, so equal inputs give equal bits.
 
 The interface, the formulas and the mask of dropout are those of kernels/short_attention.py. The biases of the
 projections cost no pass over query, key and value:
 
-    query   added where it is read, rounded, and kept so for the backward pass over keys
-    key     changes no probability: it adds the same number to all scores of a query. It is left out, its gradient is 0
+    query   added where it is read, rounded, and written so for the backward pass over keys
+    key     changes no probability, as it adds one number to all scores of a query: it is left out, its gradient is 0
     value   P' (V + 1 b^T) = P' V + rowsum(P') b^T, and dO (V + 1 b^T)^T = dO V^T + (dO b) 1^T
 """
 # ruff: noqa: N803 - Triton's spelling of compile-time arguments
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +21,11 @@ import torch
 from torch import Tensor
 
 from kernels.dense_parts import dropout_seed
-from kernels.short_attention import share_dropped
+from kernels.short_attention import apart, folded, settings
 from kernels.triton_parts import sum_of_shares, tl, triton
 
 LONGEST = 512  # tokens of a sequence
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,17 @@ class Launch:
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Of a thread, at most: so that more programs fit on a multiprocessor."""
 
-    def constants(self) -> dict[str, int]:
-        return {"QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+    def constants(self) -> dict[str, int | None]:
+        shape = {"QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        return shape | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
-FORWARD = Launch(128, 64, 4, 3)
-OVER_QUERIES = Launch(128, 64, 8, 2)
-OVER_KEYS = Launch(64, 128, 8, 2)
+FORWARD = Launch(64, 64, 4, 3)
+OVER_QUERIES = Launch(64, 64, 4, 2, 168)
+OVER_KEYS = Launch(64, 64, 4, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -77,12 +78,6 @@ def _columns(base, start, numbers, length, STRIDE: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
-def _folded(bits, BY: tl.constexpr):
-    product = bits.to(tl.uint64) * BY
-    return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
-
-
-@triton.jit
 def _stream(first, head, seed, HEADS: tl.constexpr, LONGEST: tl.constexpr):
     """What the numbers of a head's scores begin with, and the seed's second word."""
     return (first * HEADS + head) * LONGEST + tl.load(seed), tl.load(seed + 1).to(tl.uint32, bitcast=True)
@@ -92,13 +87,13 @@ def _stream(first, head, seed, HEADS: tl.constexpr, LONGEST: tl.constexpr):
 def _kept(stream, word, queries, keys, begin_query, begin_key, threshold, HEADS: tl.constexpr, LONGEST: tl.constexpr):
     """What dropout keeps of the scores of a block, one of `queries` and `keys` a column and the other a row.
 
-    These count from the block's beginning, a multiple of 16: so the compiler knows which bits are set in which register.
+    These count from the block's beginning, a multiple of 16: so the compiler knows their bits in each register.
     """
     begin = stream + begin_query * (HEADS * LONGEST) + begin_key
     numbers = begin + (queries & -9) * (HEADS * LONGEST) + (keys & -9)
-    bits = _folded(numbers.to(tl.uint32, bitcast=True), 0xED5AD4BB)
-    bits = _folded(bits ^ word, 0xAC4C1B51)
-    bits = tl.where((queries & 8) != 0, _folded(bits, 0xC2B2AE3D), bits)
+    bits = folded(numbers.to(tl.uint32, bitcast=True), 0xED5AD4BB)
+    bits = folded(bits ^ word, 0xAC4C1B51)
+    bits = tl.where((queries & 8) != 0, folded(bits, 0xC2B2AE3D), bits)
     return (bits << ((keys & 8) * 2).to(tl.uint32)) >= (threshold.to(tl.uint32) << 16)
 
 
@@ -147,7 +142,7 @@ def _more_context(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _long_attention_forward(
+def _blockwise_forward(
     query,
     key,
     value,
@@ -156,7 +151,6 @@ def _long_attention_forward(
     seed,
     out,
     log_sums,
-    scale,
     log2_scale,
     threshold,
     kept_scale,
@@ -165,10 +159,11 @@ def _long_attention_forward(
     SIZE: tl.constexpr,
     LONGEST: tl.constexpr,
     DROPOUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    _, first, length, head, block = _program(boundaries, HEADS, LONGEST // QUERIES)
+    _, first, length, head, block = _program(boundaries, HEADS, BLOCKS)
     begin_query, queries = block * QUERIES, tl.arange(0, QUERIES)
     if begin_query >= length:
         return
@@ -317,7 +312,7 @@ def _more_of_keys(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _long_attention_over_queries(
+def _blockwise_over_queries(
     grad_out,
     out,
     log_sums,
@@ -341,11 +336,12 @@ def _long_attention_over_queries(
     LONGEST: tl.constexpr,
     DROPOUT: tl.constexpr,
     SHARES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     """The queries' gradients; `biased` queries and rowsum(dO * O), `products`, for the kernel over keys."""
-    sequence, first, length, head, block = _program(boundaries, HEADS, LONGEST // QUERIES)
+    sequence, first, length, head, block = _program(boundaries, HEADS, BLOCKS)
     begin_query, queries = block * QUERIES, tl.arange(0, QUERIES)
     if begin_query >= length:
         return
@@ -384,7 +380,7 @@ def _long_attention_over_queries(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _long_attention_over_keys(
+def _blockwise_over_keys(
     grad_out,
     biased,
     log_sums,
@@ -406,11 +402,12 @@ def _long_attention_over_keys(
     LONGEST: tl.constexpr,
     DROPOUT: tl.constexpr,
     SHARES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     """The gradients of keys and values; all scores are transposed, [KEYS, QUERIES]."""
-    sequence, first, length, head, block = _program(boundaries, HEADS, LONGEST // KEYS)
+    sequence, first, length, head, block = _program(boundaries, HEADS, BLOCKS)
     begin_key, keys = block * KEYS, tl.arange(0, KEYS)
     if begin_key >= length:
         return
@@ -447,54 +444,41 @@ def _long_attention_over_keys(
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
-def _settings(heads: Sequence[Tensor], longest: int, dropout_p: float):
-    """Query, key and value with rows equally far apart; numbers and constants as the kernels take them."""
-    _, count, size = heads[0].shape
-    strides = heads[0].stride()
-    if strides[1:] != (size, 1) or any(part.stride() != strides for part in heads):
-        heads = [part.contiguous() for part in heads]
-        strides = heads[0].stride()
-    scale, dropped = 1 / math.sqrt(size), share_dropped(dropout_p)
-    numbers = (scale, scale / math.log(2), round(dropped * 2**16), 1 / (1 - dropped))
-    constants = {"STRIDE": strides[0], "HEADS": count, "SIZE": size, "LONGEST": longest, "DROPOUT": dropped > 0}
-    return list(heads), numbers, constants
-
-
 def _attend(query, key, value, bias, boundaries, seed, longest: int, dropout_p: float) -> tuple[Tensor, Tensor]:
-    heads, numbers, constants = _settings((query, key, value), longest, dropout_p)
+    heads, (_, numbers, shape) = settings((query, key, value), boundaries, dropout_p)
     tokens, count, _ = query.shape
-    out = query.new_empty(query.shape)
-    log_sums = query.new_empty(tokens, count, dtype=torch.float32)
-    grid = ((len(boundaries) - 1) * count * (longest // FORWARD.queries),)
+    out, log_sums = query.new_empty(query.shape), query.new_empty(tokens, count, dtype=torch.float32)
+    blocks = -(-longest // FORWARD.queries)
+    constants = shape | {"LONGEST": LONGEST, "BLOCKS": blocks} | FORWARD.constants()
+    grid = ((len(boundaries) - 1) * count * blocks,)
     with torch.cuda.device_of(query):
-        _long_attention_forward[grid](
-            *heads, bias, boundaries, seed, out, log_sums, *numbers, **constants, **FORWARD.constants()
-        )
+        _blockwise_forward[grid](*heads, bias, boundaries, seed, out, log_sums, *numbers[1:], **constants)
     return out, log_sums
 
 
 def _attend_backward(
     grad, out, log_sums, query, key, value, bias, boundaries, seed, longest: int, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    heads, numbers, constants = _settings((query, key, value), longest, dropout_p)
-    tokens, count, size = query.shape
-    grad, sequences = grad.contiguous(), len(boundaries) - 1
-    blocks = [longest // OVER_QUERIES.queries, longest // OVER_KEYS.keys]
-    constants["SHARES"] = max(blocks)
+    heads, (_, numbers, shape) = settings((query, key, value), boundaries, dropout_p)
+    (tokens, count, size), sequences = query.shape, len(boundaries) - 1
+    blocks = -(-longest // OVER_QUERIES.queries), -(-longest // OVER_KEYS.keys)
+    constants = shape | {"LONGEST": LONGEST, "SHARES": max(blocks)}
     grad_qkv = query.new_empty(tokens, 3, count, size)
     biased, products = query.new_empty(query.shape), torch.empty_like(log_sums)
     shares = bias.new_zeros(sequences * max(blocks), len(bias))  # zeros, where a sequence has no such block
-    fixed = (bias, boundaries, seed)
+    grad, known, found = grad.contiguous(), (bias, boundaries, seed), (grad_qkv, shares, *numbers)
     with torch.cuda.device_of(query):
-        _long_attention_over_queries[(sequences * count * blocks[0],)](
-            *(grad, out, log_sums, *heads, *fixed, biased, products, grad_qkv, shares, *numbers),
+        _blockwise_over_queries[(sequences * count * blocks[0],)](
+            *(grad, out, log_sums, *heads, *known, biased, products, *found),
             **constants,
             **OVER_QUERIES.constants(),
+            BLOCKS=blocks[0],
         )
-        _long_attention_over_keys[(sequences * count * blocks[1],)](
-            *(grad, biased, log_sums, products, *heads[1:], *fixed, grad_qkv, shares, *numbers),
+        _blockwise_over_keys[(sequences * count * blocks[1],)](
+            *(grad, biased, log_sums, products, *heads[1:], *known, *found),
             **constants,
             **OVER_KEYS.constants(),
+            BLOCKS=blocks[1],
         )
     return grad_qkv, sum_of_shares(shares)
 
@@ -504,28 +488,30 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor bias, Tensor boundaries, Tensor? seed, SymInt longest, "
     "float dropout_p"
 )
-_LIBRARY.define(f"long_attention({_INPUTS}) -> (Tensor, Tensor)")
-_LIBRARY.define(f"long_attention_backward(Tensor grad, Tensor out, Tensor log_sums, {_INPUTS}) -> (Tensor, Tensor)")
-_LIBRARY.impl("long_attention", _attend, "CompositeExplicitAutograd")
-_LIBRARY.impl("long_attention_backward", _attend_backward, "CompositeExplicitAutograd")
+_LIBRARY.define(f"blockwise_attention({_INPUTS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"blockwise_attention_backward(Tensor grad, Tensor out, Tensor log_sums, {_INPUTS}) -> (Tensor, Tensor)"
+)
+_LIBRARY.impl("blockwise_attention", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("blockwise_attention_backward", _attend_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("slope::long_attention")
+@torch.library.register_fake("slope::blockwise_attention")
 def _(query, key, value, bias, boundaries, seed, longest, dropout_p):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("slope::long_attention_backward")
+@torch.library.register_fake("slope::blockwise_attention_backward")
 def _(grad, out, log_sums, query, key, value, bias, boundaries, seed, longest, dropout_p):
     tokens, count, size = query.shape
     return query.new_empty(tokens, 3, count, size), torch.empty_like(bias)
 
 
-class _LongAttention(torch.autograd.Function):
+class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bias, boundaries, seed, longest, dropout_p, *heads):
         inputs = (bias, boundaries, seed, longest, dropout_p)
-        out, log_sums = torch.ops.slope.long_attention(*_apart(heads), *inputs)
+        out, log_sums = torch.ops.slope.blockwise_attention(*apart(heads), *inputs)
         ctx.save_for_backward(out, log_sums, bias, boundaries, seed, *heads)
         ctx.longest, ctx.dropout_p = longest, dropout_p
         return out
@@ -533,18 +519,16 @@ class _LongAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         out, log_sums, bias, boundaries, seed, *heads = ctx.saved_tensors
-        grad_qkv, grad_bias = torch.ops.slope.long_attention_backward(
-            grad, out, log_sums, *_apart(heads), bias, boundaries, seed, ctx.longest, ctx.dropout_p
+        grad_qkv, grad_bias = torch.ops.slope.blockwise_attention_backward(
+            grad, out, log_sums, *apart(heads), bias, boundaries, seed, ctx.longest, ctx.dropout_p
         )
         grads = (grad_qkv,) if len(heads) == 1 else grad_qkv.unbind(1)
         return grad_bias, None, None, None, None, *grads
 
 
-def _apart(heads: Sequence[Tensor]) -> Sequence[Tensor]:
-    return heads[0].unbind(1) if len(heads) == 1 else heads
-
-
-def long_attention(heads: Sequence[Tensor], bias: Tensor, boundaries: Tensor, longest: int, dropout_p: float) -> Tensor:
+def blockwise_attention(
+    heads: Sequence[Tensor], bias: Tensor, boundaries: Tensor, longest: int, dropout_p: float
+) -> Tensor:
     """Softmax attention of every token to those of its own sequence.
 
     Args:
@@ -555,6 +539,4 @@ def long_attention(heads: Sequence[Tensor], bias: Tensor, boundaries: Tensor, lo
         [T, A, D].
     """
     seed = dropout_seed(heads[0]) if dropout_p else None
-    blocks = max(FORWARD.queries, OVER_QUERIES.queries, OVER_KEYS.keys)
-    rounded = -(-longest // blocks) * blocks
-    return _LongAttention.apply(bias, boundaries, seed, rounded, dropout_p, *heads)
+    return _BlockwiseAttention.apply(bias, boundaries, seed, longest, dropout_p, *heads)
