@@ -93,7 +93,35 @@ def test_the_embeddings_kernels_compile_for_hopper():
         assert kernel is not embedding._sum_runs or "bar.sync" not in compiled.asm["ptx"]
 
 
-def compiled_for_hopper(kernel, types: dict[str, str], constants: dict, warps: int):
+def test_blockwise_attention_compiles_for_hopper():
+    """At BERT-Large's size: two programs on a multiprocessor, or more; products on its tensor cores, no atomics, what
+    is read next on its way while products are computed, and no register kept elsewhere in the loops."""
+    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
+    from kernels import blockwise_attention as blockwise
+
+    types = dict.fromkeys("grad_out out query key value biased grad_qkv".split(), "*bf16")
+    types |= dict.fromkeys("log_sums bias products grad_bias".split(), "*fp32")
+    types |= dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"}
+    types |= dict.fromkeys(("boundaries", "seed"), "*i32")
+    shape = {"STRIDE": 3072, "HEADS": 16, "SIZE": 64, "LONGEST": 512, "DROPOUT": True, "BLOCKS": 8, "SHARES": 8}
+    for kernel, launch in (
+        (blockwise._blockwise_forward, blockwise.FORWARD),
+        (blockwise._blockwise_over_queries, blockwise.OVER_QUERIES),
+        (blockwise._blockwise_over_keys, blockwise.OVER_KEYS),
+    ):
+        constants = launch.constants()
+        blocks = {name: constants[name] for name in ("QUERIES", "KEYS")}
+        given = {name: number for name, number in (shape | blocks).items() if name in kernel.arg_names}
+        options = {"num_stages": launch.stages} | ({"maxnreg": launch.registers} if launch.registers else {})
+        compiled = compiled_for_hopper(kernel, types, given, launch.warps, **options)
+        registers, spilled = registers_of(compiled)
+        assert registers * 32 * launch.warps * 2 <= 65536 and compiled.metadata.shared * 2 <= 227 * 1024, kernel
+        assert spilled <= 16, kernel
+        ptx = compiled.asm["ptx"]
+        assert "wgmma" in ptx and "cp.async" in ptx and not re.search(r"\b(atom|red)\.", ptx), kernel
+
+
+def compiled_for_hopper(kernel, types: dict[str, str], constants: dict, warps: int, **options):
     """In Triton or Gluon, with pointers to 16-byte aligned memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -103,7 +131,7 @@ def compiled_for_hopper(kernel, types: dict[str, str], constants: dict, warps: i
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     kind = GluonASTSource if kernel.is_gluon() else ASTSource
     source = kind(kernel, {name: types[name] for name in names}, constants, aligned)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps} | options)
 
 
 def registers_of(compiled) -> tuple[int, int]:

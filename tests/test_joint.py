@@ -279,7 +279,7 @@ CONFIG = BertConfig(
 LENGTHS = (20, 9, 32, 3)
 
 
-def plain_attention(heads: list[Tensor], bias: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
+def plain_attention(heads: list[Tensor], bias: Tensor, boundaries: Tensor, dropout_p: float, longest: int) -> Tensor:
     """What kernels/short_attention.py computes, sequence by sequence in torch's own operations."""
     together = heads[0] if len(heads) == 1 else torch.stack(heads, 1)  # [T, 3, A, D]
     together = together + bias.view(together.shape[1:]).to(together.dtype)
