@@ -69,15 +69,6 @@ def _rows(base, start, numbers, length, STRIDE: tl.constexpr, SIZE: tl.constexpr
 
 
 @triton.jit
-def _columns(base, start, numbers, length, STRIDE: tl.constexpr, SIZE: tl.constexpr, TAIL: tl.constexpr):
-    """The same, transposed, [SIZE, tokens]."""
-    places = base + start * STRIDE + numbers[None, :] * STRIDE + tl.arange(0, SIZE)[:, None]
-    if TAIL:
-        return tl.load(places, mask=(start + numbers < length)[None, :], other=0.0)
-    return tl.load(places)
-
-
-@triton.jit
 def _stream(first, head, seed, HEADS: tl.constexpr, LONGEST: tl.constexpr):
     """What the numbers of a head's scores begin with, and the seed's second word."""
     return (first * HEADS + head) * LONGEST + tl.load(seed), tl.load(seed + 1).to(tl.uint32, bitcast=True)
@@ -124,7 +115,7 @@ def _more_context(
 ):
     """The forward pass's sums with a block of keys more; `TAIL`: it reaches behind the sequence's end."""
     numbers = tl.arange(0, KEYS)
-    scores = tl.dot(q, _columns(key, start, numbers, length, STRIDE, SIZE, TAIL))
+    scores = tl.dot(q, tl.trans(_rows(key, start, numbers, length, STRIDE, SIZE, TAIL)))
     if TAIL:
         scores = tl.where((start + numbers < length)[None, :], scores, float("-inf"))
     before, greatest = greatest, tl.maximum(greatest, tl.max(scores, 1) * log2_scale)
@@ -151,6 +142,7 @@ def _blockwise_forward(
     seed,
     out,
     log_sums,
+    tokens,
     log2_scale,
     threshold,
     kept_scale,
@@ -197,7 +189,7 @@ def _blockwise_forward(
     places = (first + queries[:, None]).to(tl.int64) * (HEADS * SIZE) + head * SIZE + size[None, :]
     tl.store(out + places, context.to(out.dtype.element_ty), mask=(queries < length)[:, None])
     sums = greatest + tl.log2(total)
-    tl.store(log_sums + (first + queries) * HEADS + head, sums, mask=queries < length)
+    tl.store(log_sums + head * tokens + first + queries, sums, mask=queries < length)
 
 
 @triton.jit
@@ -251,16 +243,16 @@ def _more_of_queries(
     KEYS: tl.constexpr,
 ):
     numbers = tl.arange(0, KEYS)
-    k = _columns(key, start, numbers, length, STRIDE, SIZE, TAIL)
-    powers = tl.exp2(tl.dot(q, k) * log2_scale - sums[:, None])
+    k = _rows(key, start, numbers, length, STRIDE, SIZE, TAIL)
+    powers = tl.exp2(tl.dot(q, tl.trans(k)) * log2_scale - sums[:, None])
     if TAIL:
         powers = tl.where((start + numbers < length)[None, :], powers, 0.0)
-    grad_p = tl.dot(grad, _columns(value, start, numbers, length, STRIDE, SIZE, TAIL)) + kept_rest[:, None]
+    grad_p = tl.dot(grad, tl.trans(_rows(value, start, numbers, length, STRIDE, SIZE, TAIL))) + kept_rest[:, None]
     if DROPOUT:
         queries = tl.arange(0, QUERIES)[:, None]
         kept = _kept(stream, word, queries, numbers[None, :], begin_query, start, threshold, HEADS, LONGEST)
         grad_p = tl.where(kept, grad_p, rest[:, None])
-    return tl.dot((powers * grad_p).to(k.dtype), tl.trans(k), grad_q)
+    return tl.dot((powers * grad_p).to(k.dtype), k, grad_q)
 
 
 @triton.jit
@@ -290,15 +282,15 @@ def _more_of_keys(
     KEYS: tl.constexpr,
 ):
     numbers = tl.arange(0, QUERIES)
-    places = (start + numbers) * HEADS
+    places = start + numbers
     if TAIL:
         inside = start + numbers < length
         sums = tl.load(log_sums + places, mask=inside, other=float("inf"))  # so that powers are 0 there
         product = tl.load(products + places, mask=inside, other=0.0)
     else:
         sums, product = tl.load(log_sums + places), tl.load(products + places)
-    q = _columns(biased, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
-    powers = tl.exp2(tl.dot(k, q) * log2_scale - sums[None, :])
+    q = _rows(biased, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
+    powers = tl.exp2(tl.dot(k, tl.trans(q)) * log2_scale - sums[None, :])
     grad = _rows(grad_out, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
     grad_p = tl.dot(v, tl.trans(grad))
     dropped = powers
@@ -308,7 +300,7 @@ def _more_of_keys(
         dropped = tl.where(kept, powers, 0.0)
     grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v)
     grad_scores = dropped * grad_p - powers * (product * share_kept)[None, :]
-    return tl.dot(grad_scores.to(q.dtype), tl.trans(q), grad_k), grad_v
+    return tl.dot(grad_scores.to(q.dtype), q, grad_k), grad_v
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -326,6 +318,7 @@ def _blockwise_over_queries(
     products,
     grad_qkv,
     grad_bias,
+    tokens,
     scale,
     log2_scale,
     threshold,
@@ -360,8 +353,8 @@ def _blockwise_over_queries(
     inside = begin_query + queries < length
     places = begin_query + queries
     tl.store(biased + begin_out + places[:, None] * (HEADS * SIZE) + size[None, :], q, mask=inside[:, None])
-    tl.store(products + (first + places) * HEADS + head, product, mask=inside)
-    sums = tl.load(log_sums + (first + places) * HEADS + head, mask=inside, other=float("inf"))
+    tl.store(products + head * tokens + first + places, product, mask=inside)
+    sums = tl.load(log_sums + head * tokens + first + places, mask=inside, other=float("inf"))
     rest = -product / kept_scale  # what is kept gets its factor at the end
     grad_q = tl.zeros([QUERIES, SIZE], tl.float32)
     full = length // KEYS * KEYS
@@ -392,6 +385,7 @@ def _blockwise_over_keys(
     seed,
     grad_qkv,
     grad_bias,
+    tokens,
     scale,
     log2_scale,
     threshold,
@@ -414,7 +408,7 @@ def _blockwise_over_keys(
     size = tl.arange(0, SIZE)
     begin = first.to(tl.int64) * STRIDE + head * SIZE
     begin_out = first.to(tl.int64) * (HEADS * SIZE) + head * SIZE
-    begin_row = first.to(tl.int64) * HEADS + head
+    begin_row = head * tokens + first
     k = _rows(key + begin, begin_key, keys, length, STRIDE, SIZE, True)
     v = _rows(value + begin, begin_key, keys, length, STRIDE, SIZE, True)
     v = (v.to(tl.float32) + tl.load(bias + (2 * HEADS + head) * SIZE + size)[None, :]).to(v.dtype)
@@ -447,12 +441,12 @@ def _blockwise_over_keys(
 def _attend(query, key, value, bias, boundaries, seed, longest: int, dropout_p: float) -> tuple[Tensor, Tensor]:
     heads, (_, numbers, shape) = settings((query, key, value), boundaries, dropout_p)
     tokens, count, _ = query.shape
-    out, log_sums = query.new_empty(query.shape), query.new_empty(tokens, count, dtype=torch.float32)
+    out, log_sums = query.new_empty(query.shape), query.new_empty(count, tokens, dtype=torch.float32)
     blocks = -(-longest // FORWARD.queries)
     constants = shape | {"LONGEST": LONGEST, "BLOCKS": blocks} | FORWARD.constants()
     grid = ((len(boundaries) - 1) * count * blocks,)
     with torch.cuda.device_of(query):
-        _blockwise_forward[grid](*heads, bias, boundaries, seed, out, log_sums, *numbers[1:], **constants)
+        _blockwise_forward[grid](*heads, bias, boundaries, seed, out, log_sums, tokens, *numbers[1:], **constants)
     return out, log_sums
 
 
@@ -466,7 +460,7 @@ def _attend_backward(
     grad_qkv = query.new_empty(tokens, 3, count, size)
     biased, products = query.new_empty(query.shape), torch.empty_like(log_sums)
     shares = bias.new_zeros(sequences * max(blocks), len(bias))  # zeros, where a sequence has no such block
-    grad, known, found = grad.contiguous(), (bias, boundaries, seed), (grad_qkv, shares, *numbers)
+    grad, known, found = grad.contiguous(), (bias, boundaries, seed), (grad_qkv, shares, tokens, *numbers)
     with torch.cuda.device_of(query):
         _blockwise_over_queries[(sequences * count * blocks[0],)](
             *(grad, out, log_sums, *heads, *known, biased, products, *found),
@@ -498,7 +492,7 @@ _LIBRARY.impl("blockwise_attention_backward", _attend_backward, "CompositeExplic
 
 @torch.library.register_fake("slope::blockwise_attention")
 def _(query, key, value, bias, boundaries, seed, longest, dropout_p):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("slope::blockwise_attention_backward")

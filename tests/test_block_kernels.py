@@ -101,8 +101,8 @@ def test_blockwise_attention_compiles_for_hopper():
 
     types = dict.fromkeys("grad_out out query key value biased grad_qkv".split(), "*bf16")
     types |= dict.fromkeys("log_sums bias products grad_bias".split(), "*fp32")
-    types |= dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32") | {"threshold": "i32"}
-    types |= dict.fromkeys(("boundaries", "seed"), "*i32")
+    types |= dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32")
+    types |= dict.fromkeys(("boundaries", "seed"), "*i32") | dict.fromkeys(("tokens", "threshold"), "i32")
     shape = {"STRIDE": 3072, "HEADS": 16, "SIZE": 64, "LONGEST": 512, "DROPOUT": True, "BLOCKS": 8, "SHARES": 8}
     for kernel, launch in (
         (blockwise._blockwise_forward, blockwise.FORWARD),
