@@ -44,9 +44,9 @@ class Launch:
         return shape | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
-FORWARD = Launch(64, 64, 4, 3)
-OVER_QUERIES = Launch(64, 64, 4, 2, 168)
-OVER_KEYS = Launch(64, 64, 4, 2)
+FORWARD = Launch(64, 64, 4, 3, 128)
+OVER_QUERIES = Launch(64, 32, 4, 4, 128)
+OVER_KEYS = Launch(32, 64, 4, 3, 168)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -208,12 +208,13 @@ def _store_gradient(
     SIZE: tl.constexpr,
     SHARES: tl.constexpr,
 ):
-    """Of query, key or value; and the block's share of that of its bias."""
+    """Of query, key or value; and the block's share of that of its bias: none of key's, which is 0."""
     size = tl.arange(0, SIZE)
     places = (first + tokens[:, None]).to(tl.int64) * (3 * HEADS * SIZE) + (PART * HEADS + head) * SIZE + size[None, :]
     tl.store(grad_qkv + places, grad.to(grad_qkv.dtype.element_ty), mask=(tokens < length)[:, None])
-    share = tl.sum(tl.where((tokens < length)[:, None], grad, 0.0), 0)
-    tl.store(grad_bias + (((sequence * SHARES + block) * 3 + PART) * HEADS + head) * SIZE + size, share)
+    if PART != 1:
+        share = tl.sum(tl.where((tokens < length)[:, None], grad, 0.0), 0)
+        tl.store(grad_bias + (((sequence * SHARES + block) * 3 + PART) * HEADS + head) * SIZE + size, share)
 
 
 @triton.jit

@@ -52,16 +52,33 @@ def kept_scores(boundaries: Tensor, heads: int, seed: Tensor, dropout_p: float, 
 
 
 def exact(qkv: Tensor, bias: Tensor, boundaries: Tensor, kept: Tensor | None, dropout_p: float):
-    """In float64, sequence by sequence; `kept` [T, A, longest] is dropout's mask."""
-    outputs = []
+    """In float64, sequence by sequence; `kept` [T, A, longest] is dropout's mask.
+
+    Returns:
+        The output, and the logarithm of the sum of each query's softmax, [T, A].
+    """
+    outputs, log_sums = [], []
     biased = qkv + bias.view(qkv.shape[1:])
     for begin, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
         q, k, v = biased[begin:end].permute(1, 2, 0, 3)
-        p = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        p = scores.softmax(-1)
+        log_sums.append(scores.logsumexp(-1).transpose(0, 1))
         if kept is not None:
             p = p * kept[begin:end, :, : end - begin].transpose(0, 1) / (1 - share_dropped(dropout_p))
         outputs.append((p @ v).transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs), torch.cat(log_sums)
+
+
+def exact_gradients(attention, inputs: list[Tensor], grad: Tensor, given_out: Tensor | None) -> list[Tensor]:
+    """The output, and the gradients of the inputs; as if rowsum(dO * O) were of `given_out`, if there is one.
+
+    The gradient of scores S is P (dP - rowsum(dO * O)): what that sum is off by counts P, log sum exp S's gradient.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out, log_sums = attention(*leaves)
+    off = torch.zeros_like(log_sums) if given_out is None else (grad * (given_out - out.detach())).sum(-1)
+    return [out.detach(), *torch.autograd.grad((out, log_sums), leaves, (grad, -off))]
 
 
 def draw(device, dtype, heads: int, size: int, lengths=LENGTHS, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
@@ -105,9 +122,10 @@ def check(
 ) -> None:
     """Output and gradients, to the rounding of `dtype`, with scores that are spread by `spread` squared.
 
-    Block by block, rowsum(dO * O) is of the rounded output, as in FlashAttention: seen where one score outweighs all.
+    Where one score outweighs all others, its P (dP - rowsum(dO * O)) is a difference of nearly equal numbers. Block by
+    block, as in FlashAttention-2, O is there as it was rounded, and dP of the keys' gradient is of rounded values: of
+    scores far apart, so is what is held to be right.
     """
-    most = 1 if longest == LONGEST or spread == 1 else 2
     lengths = lengths_for(longest)
     *inputs, grad = draw(device, dtype, heads, size, lengths, spread)
     boundaries, kept = boundaries_of(lengths, device), None
@@ -116,15 +134,28 @@ def check(
     if dropout_p:
         torch.manual_seed(5)
         kept = kept_scores(boundaries, heads, dropout_seed(grad), dropout_p, longest)
-    doubles = [tensor.double() for tensor in inputs]
-    rounded = slice(0, 3 if longest == LONGEST else 1)  # query, key and value, or the query alone
-    bias, parts = doubles[1].view(3, heads, size)[rounded], doubles[0][:, rounded]
-    parts.copy_((parts + bias).to(dtype).double() - bias)  # the kernels multiply the sum, rounded
-    right = gradients(lambda *given: exact(*given, boundaries, kept, dropout_p), doubles, grad.double())
-    for name, ours, expected in zip(("output", "qkv", "bias"), found, right, strict=True):
+
+    def right(*rounded: int, given_out: Tensor | None = None) -> list[Tensor]:
+        """`rounded`: of which of query, key and value the kernels multiply the sum with the bias, rounded."""
+        qkv, bias = (tensor.double() for tensor in inputs)
+        biases, parts = bias.view(3, heads, size)[list(rounded)], qkv[:, list(rounded)]
+        qkv[:, list(rounded)] = (parts + biases).to(dtype).double() - biases
+        return exact_gradients(
+            lambda *given: exact(*given, boundaries, kept, dropout_p), [qkv, bias], grad.double(), given_out
+        )
+
+    if longest == LONGEST:
+        all_expected = right(0, 1, 2)
+    elif spread == 1:
+        all_expected = right(0)
+    else:
+        all_expected, with_values = (right(*parts, given_out=found[0].double()) for parts in ((0,), (0, 2)))
+        all_expected[1][:, 1] = with_values[1][:, 1]
+        all_expected[2].view(3, -1)[1] = 0  # of the key's bias, which changes no probability
+    for name, ours, expected in zip(("output", "qkv", "bias"), found, all_expected, strict=True):
         error, eps = (ours.double() - expected).abs(), torch.finfo(dtype).eps
         assert ours.dtype == (torch.float32 if name == "bias" else dtype) and ours.shape == expected.shape
-        assert error.norm() < most * eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
+        assert error.norm() < eps * expected.norm(), f"{name}: {error.norm() / expected.norm():.1e}"
         assert error.max() < 8 * eps * expected.abs().max(), name
 
 
