@@ -257,6 +257,19 @@ def _more_of_queries(
 
 
 @triton.jit
+def _together(sums, products):
+    """Of each query the logarithm of its softmax's sum and rowsum(dO * O), as one number of 64 bits to load."""
+    low = sums.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (products.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | low).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _apart(both):
+    low, high = both.to(tl.uint32), (both.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _more_of_keys(
     start,
     grad_k,
@@ -265,11 +278,9 @@ def _more_of_keys(
     v,
     grad_out,
     biased,
-    log_sums,
-    products,
+    sums_products,
     length,
     log2_scale,
-    share_kept,
     stream,
     word,
     begin_key,
@@ -283,13 +294,12 @@ def _more_of_keys(
     KEYS: tl.constexpr,
 ):
     numbers = tl.arange(0, QUERIES)
-    places = start + numbers
     if TAIL:
         inside = start + numbers < length
-        sums = tl.load(log_sums + places, mask=inside, other=float("inf"))  # so that powers are 0 there
-        product = tl.load(products + places, mask=inside, other=0.0)
+        sums, product = _apart(tl.load(sums_products + start + numbers, mask=inside, other=0))
+        sums = tl.where(inside, sums, float("inf"))  # so that powers are 0 there
     else:
-        sums, product = tl.load(log_sums + places), tl.load(products + places)
+        sums, product = _apart(tl.load(sums_products + start + numbers))
     q = _rows(biased, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
     powers = tl.exp2(tl.dot(k, tl.trans(q)) * log2_scale - sums[None, :])
     grad = _rows(grad_out, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
@@ -300,7 +310,7 @@ def _more_of_keys(
         kept = _kept(stream, word, numbers[None, :], keys, start, begin_key, threshold, HEADS, LONGEST)
         dropped = tl.where(kept, powers, 0.0)
     grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v)
-    grad_scores = dropped * grad_p - powers * (product * share_kept)[None, :]
+    grad_scores = dropped * grad_p - powers * product[None, :]
     return tl.dot(grad_scores.to(q.dtype), q, grad_k), grad_v
 
 
@@ -316,7 +326,7 @@ def _blockwise_over_queries(
     boundaries,
     seed,
     biased,
-    products,
+    sums_products,
     grad_qkv,
     grad_bias,
     tokens,
@@ -334,7 +344,7 @@ def _blockwise_over_queries(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The queries' gradients; `biased` queries and rowsum(dO * O), `products`, for the kernel over keys."""
+    """The queries' gradients; `biased` queries, and `sums_products` for the kernel over keys."""
     sequence, first, length, head, block = _program(boundaries, HEADS, BLOCKS)
     begin_query, queries = block * QUERIES, tl.arange(0, QUERIES)
     if begin_query >= length:
@@ -354,19 +364,20 @@ def _blockwise_over_queries(
     inside = begin_query + queries < length
     places = begin_query + queries
     tl.store(biased + begin_out + places[:, None] * (HEADS * SIZE) + size[None, :], q, mask=inside[:, None])
-    tl.store(products + head * tokens + first + places, product, mask=inside)
     sums = tl.load(log_sums + head * tokens + first + places, mask=inside, other=float("inf"))
-    rest = -product / kept_scale  # what is kept gets its factor at the end
+    product /= kept_scale  # what is kept gets its factor at the end
+    tl.store(sums_products + head * tokens + first + places, _together(sums, product), mask=inside)
+    rest, kept_rest = -product, of_bias - product
     grad_q = tl.zeros([QUERIES, SIZE], tl.float32)
     full = length // KEYS * KEYS
     for start in range(0, full, KEYS):
         grad_q = _more_of_queries(
-            start, grad_q, q, grad, sums, of_bias + rest, rest, key + begin, value + begin, length, log2_scale, stream,
+            start, grad_q, q, grad, sums, kept_rest, rest, key + begin, value + begin, length, log2_scale, stream,
             word, begin_query, threshold, False, STRIDE, HEADS, SIZE, LONGEST, DROPOUT, QUERIES, KEYS,
         )  # fmt: skip
     if full < length:
         grad_q = _more_of_queries(
-            full, grad_q, q, grad, sums, of_bias + rest, rest, key + begin, value + begin, length, log2_scale, stream,
+            full, grad_q, q, grad, sums, kept_rest, rest, key + begin, value + begin, length, log2_scale, stream,
             word, begin_query, threshold, True, STRIDE, HEADS, SIZE, LONGEST, DROPOUT, QUERIES, KEYS,
         )  # fmt: skip
     grad_q *= scale * kept_scale
@@ -377,8 +388,7 @@ def _blockwise_over_queries(
 def _blockwise_over_keys(
     grad_out,
     biased,
-    log_sums,
-    products,
+    sums_products,
     key,
     value,
     bias,
@@ -421,14 +431,14 @@ def _blockwise_over_keys(
     full = length // QUERIES * QUERIES
     for start in range(0, full, QUERIES):
         grad_k, grad_v = _more_of_keys(
-            start, grad_k, grad_v, k, v, grad_out + begin_out, biased + begin_out, log_sums + begin_row,
-            products + begin_row, length, log2_scale, 1 / kept_scale, stream, word, begin_key, threshold, False, HEADS,
+            start, grad_k, grad_v, k, v, grad_out + begin_out, biased + begin_out, sums_products + begin_row,
+            length, log2_scale, stream, word, begin_key, threshold, False, HEADS,
             SIZE, LONGEST, DROPOUT, QUERIES, KEYS,
         )  # fmt: skip
     if full < length:
         grad_k, grad_v = _more_of_keys(
-            full, grad_k, grad_v, k, v, grad_out + begin_out, biased + begin_out, log_sums + begin_row,
-            products + begin_row, length, log2_scale, 1 / kept_scale, stream, word, begin_key, threshold, True, HEADS,
+            full, grad_k, grad_v, k, v, grad_out + begin_out, biased + begin_out, sums_products + begin_row,
+            length, log2_scale, stream, word, begin_key, threshold, True, HEADS,
             SIZE, LONGEST, DROPOUT, QUERIES, KEYS,
         )  # fmt: skip
     keys += begin_key
@@ -459,18 +469,18 @@ def _attend_backward(
     blocks = -(-longest // OVER_QUERIES.queries), -(-longest // OVER_KEYS.keys)
     constants = shape | {"LONGEST": LONGEST, "SHARES": max(blocks)}
     grad_qkv = query.new_empty(tokens, 3, count, size)
-    biased, products = query.new_empty(query.shape), torch.empty_like(log_sums)
+    biased, sums_products = query.new_empty(query.shape), torch.empty_like(log_sums, dtype=torch.int64)
     shares = bias.new_zeros(sequences * max(blocks), len(bias))  # zeros, where a sequence has no such block
     grad, known, found = grad.contiguous(), (bias, boundaries, seed), (grad_qkv, shares, tokens, *numbers)
     with torch.cuda.device_of(query):
         _blockwise_over_queries[(sequences * count * blocks[0],)](
-            *(grad, out, log_sums, *heads, *known, biased, products, *found),
+            *(grad, out, log_sums, *heads, *known, biased, sums_products, *found),
             **constants,
             **OVER_QUERIES.constants(),
             BLOCKS=blocks[0],
         )
         _blockwise_over_keys[(sequences * count * blocks[1],)](
-            *(grad, biased, log_sums, products, *heads[1:], *known, *found),
+            *(grad, biased, sums_products, *heads[1:], *known, *found),
             **constants,
             **OVER_KEYS.constants(),
             BLOCKS=blocks[1],
