@@ -44,7 +44,7 @@ class Launch:
         return shape | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
-FORWARD = Launch(64, 64, 4, 3, 128)
+FORWARD = Launch(64, 64, 4, 3)
 OVER_QUERIES = Launch(64, 32, 4, 4, 128)
 OVER_KEYS = Launch(32, 64, 4, 3, 168)
 

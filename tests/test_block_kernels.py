@@ -100,7 +100,7 @@ def test_blockwise_attention_compiles_for_hopper():
     from kernels import blockwise_attention as blockwise
 
     types = dict.fromkeys("grad_out out query key value biased grad_qkv".split(), "*bf16")
-    types |= dict.fromkeys("log_sums bias products grad_bias".split(), "*fp32")
+    types |= dict.fromkeys("log_sums bias grad_bias".split(), "*fp32") | {"sums_products": "*i64"}
     types |= dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32")
     types |= dict.fromkeys(("boundaries", "seed"), "*i32") | dict.fromkeys(("tokens", "threshold"), "i32")
     shape = {"STRIDE": 3072, "HEADS": 16, "SIZE": 64, "LONGEST": 512, "DROPOUT": True, "BLOCKS": 8, "SHARES": 8}
