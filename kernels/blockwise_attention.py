@@ -45,7 +45,7 @@ class Launch:
 
 
 FORWARD = Launch(64, 64, 4, 3)
-OVER_QUERIES = Launch(64, 32, 4, 4, 128)
+OVER_QUERIES = Launch(64, 32, 4, 5, 128)
 OVER_KEYS = Launch(32, 64, 4, 3, 168)
 
 

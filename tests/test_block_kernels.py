@@ -94,8 +94,9 @@ def test_the_embeddings_kernels_compile_for_hopper():
 
 
 def test_blockwise_attention_compiles_for_hopper():
-    """At BERT-Large's size: two programs on a multiprocessor, or more; products on its tensor cores, no atomics, what
-    is read next on its way while products are computed, and no register kept elsewhere in the loops."""
+    """At BERT-Large's size: as many programs on a multiprocessor as when the launches were measured; products on its
+    tensor cores, no atomics, what is read next on its way while products are computed, and few registers kept
+    elsewhere."""
     pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
     from kernels import blockwise_attention as blockwise
 
@@ -104,10 +105,10 @@ def test_blockwise_attention_compiles_for_hopper():
     types |= dict.fromkeys(("scale", "log2_scale", "kept_scale"), "fp32")
     types |= dict.fromkeys(("boundaries", "seed"), "*i32") | dict.fromkeys(("tokens", "threshold"), "i32")
     shape = {"STRIDE": 3072, "HEADS": 16, "SIZE": 64, "LONGEST": 512, "DROPOUT": True, "BLOCKS": 8, "SHARES": 8}
-    for kernel, launch in (
-        (blockwise._blockwise_forward, blockwise.FORWARD),
-        (blockwise._blockwise_over_queries, blockwise.OVER_QUERIES),
-        (blockwise._blockwise_over_keys, blockwise.OVER_KEYS),
+    for kernel, launch, programs in (
+        (blockwise._blockwise_forward, blockwise.FORWARD, 3),
+        (blockwise._blockwise_over_queries, blockwise.OVER_QUERIES, 4),
+        (blockwise._blockwise_over_keys, blockwise.OVER_KEYS, 3),
     ):
         constants = launch.constants()
         blocks = {name: constants[name] for name in ("QUERIES", "KEYS")}
@@ -115,8 +116,9 @@ def test_blockwise_attention_compiles_for_hopper():
         options = {"num_stages": launch.stages} | ({"maxnreg": launch.registers} if launch.registers else {})
         compiled = compiled_for_hopper(kernel, types, given, launch.warps, **options)
         registers, spilled = registers_of(compiled)
-        assert registers * 32 * launch.warps * 2 <= 65536 and compiled.metadata.shared * 2 <= 227 * 1024, kernel
-        assert spilled <= 16, kernel
+        assert registers * 32 * launch.warps * programs <= 65536, kernel
+        assert compiled.metadata.shared * programs <= 227 * 1024, kernel
+        assert spilled <= 40, kernel
         ptx = compiled.asm["ptx"]
         assert "wgmma" in ptx and "cp.async" in ptx and not re.search(r"\b(atom|red)\.", ptx), kernel
 
