@@ -21,6 +21,7 @@ from optimizer_toys import FusedLAMB  # noqa: E402
 from pretraining_runs import TrainingFiles, begin_run, make_files  # noqa: E402
 
 import optimization  # noqa: E402
+from training.distributed import World  # noqa: E402
 
 torch.set_num_threads(1)
 share_out()
@@ -50,6 +51,22 @@ def whole_run(files, tmp_path_factory) -> Path:
     run = begin_run(files.flags(output, eval_dir=files.heldout, eval_interval=10)).finish()
     assert run.code == 0, run.stderr
     return output
+
+
+@pytest.fixture
+def read(monkeypatch, files):
+    """Parse flags of a small benchmarks/pretraining_throughput.py, on the processor; `main` then goes by them."""
+    from benchmarks import pretraining_throughput
+
+    alone = World(0, 1, 0, torch.device("cpu"))
+    monkeypatch.setattr(pretraining_throughput, "this_process", lambda: alone)
+
+    def parse(*more: str):
+        small = ["--model_config_file", f"{files.model_without_dropout}", "--sample_seconds", "0", "--rounds", "2"]
+        monkeypatch.setattr(sys, "argv", ["benchmarks/pretraining_throughput.py", *small, *more])
+        return pretraining_throughput.read_flags(alone)
+
+    return parse
 
 
 @pytest.fixture

@@ -8,25 +8,22 @@ from __future__ import annotations
 import json
 import math
 import sys
-import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pretraining_runs import LENGTH, MODEL, NO_DROPOUT, write_model
+from pretraining_runs import LENGTH, MODEL, NO_DROPOUT
 
 from benchmarks import (
     huggingface_step,
     pretraining_throughput,
-    shard_throughput,
     step_candidates,
     step_profile,
     throughput_picture,
     training_step,
 )
 from benchmarks.step_candidates import OURS, Candidate, Setting
-from benchmarks.timing import GpuState, Spread
+from benchmarks.timing import Spread
 from benchmarks.training_step import TrainingStep, run_flags
 from configuration import BertConfig
 from data.packing import prediction_places
@@ -46,27 +43,10 @@ def config() -> BertConfig:
     return BertConfig.from_dict(MODEL | NO_DROPOUT)
 
 
-@pytest.fixture
-def model_file(tmp_path):
-    return write_model(tmp_path / "tiny_config.json", **NO_DROPOUT)
-
-
-@pytest.fixture
-def read(monkeypatch, model_file):
-    """Parse flags of a small benchmark, on the processor."""
-    monkeypatch.setattr(pretraining_throughput, "this_process", lambda: ALONE)
-
-    def parse(*more: str):
-        small = ["--model_config_file", f"{model_file}", "--sample_seconds", "0", "--rounds", "2"]
-        monkeypatch.setattr(sys, "argv", ["benchmarks/pretraining_throughput.py", *small, *more])
-        return pretraining_throughput.read_flags(ALONE)
-
-    return parse
-
-
-def make_step(model_file, config, model="dense", rank=0, **flags) -> TrainingStep:
+def make_step(files, config, model="dense", rank=0, **flags) -> TrainingStep:
     flags = {"precision": "fp32", "local_batch_size": 2} | flags
-    step = TrainingStep(run_flags(model, model_config_file=model_file, **flags), config, ALONE, LENGTH, rank)
+    args = run_flags(model, model_config_file=files.model_without_dropout, **flags)
+    step = TrainingStep(args, config, ALONE, LENGTH, rank)
     step.repeat(3)
     step.connect()
     return step
@@ -114,8 +94,8 @@ def test_a_variant_has_places_for_the_predictions_of_its_batch(read):
         assert prediction_places(tokens, flags["masked_token_fraction"], tokens) == used
 
 
-def test_unpadded_and_padded_steps_have_the_same_losses(model_file, config, monkeypatch):
-    padded, unpadded = (make_step(model_file, config, unpad=word) for word in ("False", "True"))
+def test_unpadded_and_padded_steps_have_the_same_losses(files, config, monkeypatch):
+    padded, unpadded = (make_step(files, config, unpad=word) for word in ("False", "True"))
     assert "boundaries" in next(unpadded.loader) and "attention_mask" in next(padded.loader)
     found = losses(padded, monkeypatch)[0]
     assert losses(unpadded, monkeypatch)[0] == pytest.approx(found, rel=1e-5)
@@ -124,9 +104,9 @@ def test_unpadded_and_padded_steps_have_the_same_losses(model_file, config, monk
 
 
 @pytest.mark.parametrize(("name", "layers", "adapters"), [("dense", 0, 0), ("slope", 9, 0), ("slope-16", 9, 9)])
-def test_a_variant_is_what_its_name_says_and_stays_as_it_is(model_file, config, name, layers, adapters):
+def test_a_variant_is_what_its_name_says_and_stays_as_it_is(files, config, name, layers, adapters):
     model, rank = OURS[name]
-    step = make_step(model_file, config, model, rank)
+    step = make_step(files, config, model, rank)
     sparse = [layer for _, layer in named_layers(step.model, SparseLinear)]
     assert len(sparse) == layers
     assert [layer.lora_left.shape[1] for layer in sparse if layer.lora_left is not None] == [rank] * adapters
@@ -203,12 +183,12 @@ def test_shared_graphs_rehearse_until_told_and_never_again(monkeypatch):
     assert graphs.pool == (0, 1)
 
 
-def test_nothing_is_captured_while_rehearsing_not_even_the_largest_batch(model_file, config, monkeypatch):
+def test_nothing_is_captured_while_rehearsing_not_even_the_largest_batch(files, config, monkeypatch):
     """An unpadded step has the largest batch captured before its own: that would be compiled while capturing."""
     done = []
     monkeypatch.setattr(MicroStepGraphs, "rehearse", lambda self, batch: done.append("rehearse"))
     monkeypatch.setattr(MicroStepGraphs, "capture", lambda self, batch, *_: done.append("capture"))
-    step = make_step(model_file, config, unpad="True")
+    step = make_step(files, config, unpad="True")
     step.engine.captured = True
     graphs = step.connect((0, 1))
     step.engine.step = lambda rate: None
@@ -219,7 +199,7 @@ def test_nothing_is_captured_while_rehearsing_not_even_the_largest_batch(model_f
     assert done[-1] == "capture"
 
 
-def test_a_model_s_first_step_is_the_rehearsal(model_file, config, monkeypatch):
+def test_a_model_s_first_step_is_the_rehearsal(files, config, monkeypatch):
     """With graphs that are none: what the step asks of them, and what is there before any is captured."""
 
     def rehearse(self, batch):
@@ -228,7 +208,7 @@ def test_a_model_s_first_step_is_the_rehearsal(model_file, config, monkeypatch):
 
     monkeypatch.setattr(MicroStepGraphs, "rehearse", rehearse)
     monkeypatch.setattr(MicroStepGraphs, "__call__", lambda self, batch, summed, alone: self.function(batch, summed))
-    step = make_step(model_file, config)
+    step = make_step(files, config)
     step.engine.captured = True
     graphs = step.connect((0, 1))
     assert graphs is step.engine.graphs and graphs.pool == (0, 1)
@@ -280,8 +260,8 @@ def test_labels_stand_where_the_tokens_are_masked():
 
 
 # ----------------------------------------------------------------------------------------------------------- candidates
-def test_state_is_counted_by_kind(model_file, config):
-    dense, slope = (make_step(model_file, config, model) for model in ("dense", "slope"))
+def test_state_is_counted_by_kind(files, config):
+    dense, slope = (make_step(files, config, model) for model in ("dense", "slope"))
     for step in (dense, slope):
         step.take()
     found = step_candidates.state_bytes(dense)
@@ -294,9 +274,9 @@ def test_state_is_counted_by_kind(model_file, config):
     assert found["operands"] > 0 and found["index data"] > 0
 
 
-def test_ratios_are_taken_round_by_round(read, model_file, config):
+def test_ratios_are_taken_round_by_round(read, files, config):
     args = read("--accumulation", "3", "--shapes", f"{LENGTH}x2")
-    candidate = Candidate("slope-16", make_step(model_file, config), None)
+    candidate = Candidate("slope-16", make_step(files, config), None)
     samples = {"dense": [4.0, 6.0, 9.0], "slope": [3.0, 2.0, 3.0], "slope-16": [2.0, 4.0, 3.0]}
     row = step_candidates.record(candidate, Setting(LENGTH, 2), samples, args, ALONE)
     tokens = 3 * 2 * LENGTH
@@ -454,153 +434,3 @@ def test_the_picture_of_a_profile(tmp_path):
     assert throughput_picture.nanoseconds_a_token(rows[0], step_profile.IDLE) == pytest.approx(1e6 / (2 * 8 * 5))
     cells = pretraining_throughput.PROFILE_COLUMNS
     assert cells["attention"](rows[0]) == f"1.00 ({1 / len(step_profile.KINDS):.1%})"
-
-
-# ---------------------------------------------------------------------------------------------------------- real shards
-def test_real_shards_padded_and_unpadded(read, files, tmp_path, capsys, monkeypatch):
-    class Watch(nullcontext):
-        made = 0
-
-        def __init__(self):
-            super().__init__()
-            Watch.made += 1
-            self.state = GpuState(Spread.of([Watch.made]), None, None)
-
-    monkeypatch.setattr(shard_throughput, "nullcontext", Watch)
-    file = tmp_path / "shards.json"
-    read("--input_dir", f"{files.train}", "--local_batch_size", "4", "--num_workers", "0", "--output", f"{file}")
-    pretraining_throughput.main()
-    rows = json.loads(file.read_text())["rows"]
-    assert [(row["model"], row["way"]) for row in rows] == [
-        (model, way) for model in ("dense", "slope") for way in ("padded", "unpadded")
-    ]
-    assert [row["gpu"]["sm_mhz"]["median"] for row in rows] == [1, 2, 3, 4], "each way's own"
-    for padded, unpadded in zip(rows[::2], rows[1::2], strict=True):
-        assert padded["steps"] == unpadded["steps"]
-        assert 0.1 < padded["padding_share"] < 0.5
-        assert padded["speedup"]["median"] == padded["limit"]["median"] == padded["reached"]["median"] == 1
-        assert all(0 < row["data_wait_share"] < 1 for row in (padded, unpadded))
-        real = [(1 - row["padding_share"]) for row in (padded, unpadded)]
-        limit = unpadded["limit"]
-        assert limit["low"] <= real[1] / real[0] <= limit["high"]  # the same tokens, in fewer places
-    assert "63 sequences of at most 16 tokens, 1 x 4 a step" in capsys.readouterr().out
-
-
-def test_a_model_is_gone_before_the_next_one_is_made(read, files, monkeypatch):
-    made, there = [], []
-
-    class Watched(shard_throughput.ShardSteps):
-        def __init__(self, *given):
-            there.append(sum(run() is not None for run in made))
-            super().__init__(*given)
-            made.append(weakref.ref(self))
-
-    monkeypatch.setattr(shard_throughput, "ShardSteps", Watched)
-    read("--input_dir", f"{files.train}", "--local_batch_size", "4", "--num_workers", "0")
-    pretraining_throughput.main()
-    assert there == [0, 1, 0, 1]
-
-
-def test_a_sample_is_of_all_its_steps(monkeypatch):
-    run = SimpleNamespace(tokens=5.0, slots=7, waited=0.5)
-
-    def seconds_of(run, count, world):
-        run.tokens, run.slots, run.waited = run.tokens + 10, run.slots + 20, run.waited + 0.25
-        return 0.1
-
-    monkeypatch.setattr(shard_throughput, "seconds_of", seconds_of)
-    assert shard_throughput.take_sample(run, 4, ALONE) == shard_throughput.Sample(0.4, 10.0, 20, 0.25, 4)
-
-
-def test_the_loader_that_was_is_closed(monkeypatch):
-    closed, run = [], shard_throughput.ShardSteps.__new__(shard_throughput.ShardSteps)
-    run.loader = SimpleNamespace(close=lambda: closed.append(True))
-    run.new_loader = lambda: "new"
-    run.begin_again()
-    assert closed == [True] and run.loader == "new"
-
-
-def test_what_the_padding_allows():
-    def sample(seconds, slots, waited):
-        return shard_throughput.Sample(seconds, 60.0, slots, waited, 2)
-
-    rounds = [
-        {"padded": sample(4.0, 100, 0.4), "unpadded": sample(2.0, 40, 0.0)},
-        {"padded": sample(6.0, 100, 0.0), "unpadded": sample(4.0, 80, 0.3)},
-    ]
-    padded, unpadded = shard_throughput.records("dense", 16, rounds)
-    assert padded["padding_share"] == pytest.approx(0.4) and unpadded["padding_share"] == pytest.approx(0.0)
-    assert unpadded["speedup"] == Spread(1.75, 1.5, 2.0)
-    assert unpadded["limit"] == Spread(1.875, 1.25, 2.5)
-    assert unpadded["reached"] == Spread(1.0, 0.8, 1.2), "each round against its own"
-    assert [row["data_wait_share"] for row in (padded, unpadded)] == pytest.approx([0.04, 0.05])
-    assert unpadded["tokens_per_second"] == Spread(22.5, 15.0, 30.0)
-    assert unpadded["step"] == Spread(1.5, 1.0, 2.0)
-
-
-def test_all_steps_that_count_were_taken_once_before(monkeypatch):
-    """So every CUDA graph of theirs is there."""
-    log = []
-
-    class Run:
-        def __init__(self, way):
-            self.way, self.at, self.known, self.new = way, 0, 0, 0
-
-        def take(self, count):
-            self.at += count
-            self.new, self.known = max(0, self.at - self.known), max(self.at, self.known)
-
-        def begin_again(self):
-            self.at = 0
-
-    class Watch(nullcontext):
-        def __enter__(self):
-            log.append((self.enter_result,))
-
-    def seconds_of(run, count, world):
-        run.take(count)
-        return 1.0 if run.way == "unpadded" or run.at == 1 else 0.1  # the first one, and unpadded ones, capture
-
-    def take_sample(run, count, world):
-        run.take(count)
-        log.append((run.way, count, run.at, run.new))
-        return shard_throughput.Sample(run.at, 1.0, 1, 0.0, count)
-
-    monkeypatch.setattr(shard_throughput, "seconds_of", seconds_of)
-    monkeypatch.setattr(shard_throughput, "take_sample", take_sample)
-    args = SimpleNamespace(num_workers=2, rounds=2, sample_seconds=0.5)
-    ways, watches = shard_throughput.WAYS, {way: Watch(way) for way in shard_throughput.WAYS}
-    rounds = shard_throughput.take_rounds({way: Run(way) for way in ways}, args, ALONE, watches)
-    shortest = 2 * 2 * shard_throughput.AT_LEAST  # data are waited for only once what was made ahead is used up
-    assert [samples[way].seconds for samples in rounds for way in samples] == [2 * shortest] * 2 + [3 * shortest] * 2
-    counted = [(way, shortest, at * shortest, 0) for at in (2, 3) for way in ("padded", "unpadded")]
-    assert [entry for entry in log[2:] if len(entry) == 4] == counted
-    assert [entry for entry in log if len(entry) == 1] == [("padded",), ("unpadded",)] * 2, "watched while they count"
-    args.sample_seconds = 5.0
-    shard_throughput.take_rounds({way: Run(way) for way in ways}, args, ALONE, watches)
-    assert log[-1][1] == 50
-
-
-def test_profiles_are_of_the_same_steps(monkeypatch):
-    log = []
-    names = shard_throughput.WAYS
-    runs = {way: SimpleNamespace(begin_again=lambda way=way: log.append(f"{way} begins"), take=way) for way in names}
-    monkeypatch.setattr(shard_throughput, "profile", lambda take, steps: (log.append(take), ({"idle": steps}, []))[1])
-    assert shard_throughput.profiles(runs, 3) == dict.fromkeys(names, {"idle": 3})
-    assert log == ["padded begins", "padded", "unpadded begins", "unpadded"]
-    assert shard_throughput.profiles(runs, 0) == {}
-
-
-def test_both_ways_mask_as_the_recipe_does(read, files):
-    args = read("--input_dir", f"{files.train}", "--accumulation", "3")
-    padded, unpadded = (shard_throughput.flags_for("slope", way, args, 512, 4) for way in shard_throughput.WAYS)
-    assert (padded.unpad, unpadded.unpad) == ("False", "True")
-    assert (padded.max_predictions_per_seq, padded.masked_token_fraction) == (80, 0.15)
-    assert (padded.local_batch_size, padded.global_batch_size, padded.pruned_matrix) == (4, 12, "static-weight")
-    state = GpuState(None, None, None)
-    assert all(cell(dict(rows, gpu=state)) for rows in [EXAMPLE] for cell in shard_throughput.COLUMNS.values())
-
-
-EXAMPLE = shard_throughput.records(
-    "dense", 16, [dict.fromkeys(shard_throughput.WAYS, shard_throughput.Sample(1.0, 10.0, 16, 0.1, 2))]
-)[0]
