@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Attention of short sequences that lie end to end: torch's flash attention and kernels/short_attention.py, which is
-kernels/blockwise_attention.py's from 129 tokens on.
+"""Attention of short sequences that lie end to end: torch's flash attention and kernels of ours, up to 128 tokens
+kernels/short_attention.py, up to 512 kernels/blockwise_attention.py.
 
     python3 benchmarks/attention_speed.py --output attention.json
 

@@ -10,7 +10,8 @@ projections cost no pass over query, key and value:
 
     query   added where it is read, rounded, and written so for the backward pass over keys
     key     changes no probability, as it adds one number to all scores of a query: it is left out, its gradient is 0
-    value   P' (V + 1 b^T) = P' V + rowsum(P') b^T, and dO (V + 1 b^T)^T = dO V^T + (dO b) 1^T
+    value   P' (V + 1 b^T) = P' V + rowsum(P') b^T, and over queries dO (V + 1 b^T)^T = dO V^T + (dO b) 1^T; over keys,
+            where a program reads its values once, added and rounded
 """
 # ruff: noqa: N803 - Triton's spelling of compile-time arguments
 
@@ -538,7 +539,7 @@ def blockwise_attention(
 
     Args:
         heads, bias, boundaries, dropout_p: as `kernels.short_attention.short_attention` takes them.
-        longest: no sequence has more tokens; at most `LONGEST`.
+        longest: no sequence has more tokens, which is not checked; at most `LONGEST`.
 
     Returns:
         [T, A, D].

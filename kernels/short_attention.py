@@ -327,7 +327,7 @@ def short_attention(
         bias: fp32 [3 A D]; added here, since so its gradient costs no pass over theirs.
         boundaries: where each sequence begins, and where the last one ends, int32: 0, ..., T. One may be empty.
         dropout_p: share of the probabilities that are dropped, to 16 bits; its seed comes from torch's generator.
-        longest: no sequence is longer; more than `LONGEST` is kernels/blockwise_attention.py's.
+        longest: no sequence is longer, which is not checked; above `LONGEST` kernels/blockwise_attention.py runs all.
 
     Returns:
         [T, A, D].

@@ -177,6 +177,7 @@ def test_what_is_asked_for_by_name_and_cannot_run_is_an_error():
         ({}, ""),
         ({"device": "cpu"}, "cannot run with a CPU"),
         ({"unpadded": False}, "cannot run with padding computed (--unpad)"),
+        ({"longest": 512}, ""),
         ({"longest": 513}, "cannot run with sequences of 513 tokens"),
         ({"heads": 4}, "cannot run with attention heads of size 24"),
     ],

@@ -281,6 +281,7 @@ LENGTHS = (20, 9, 32, 3)
 
 def plain_attention(heads: list[Tensor], bias: Tensor, boundaries: Tensor, dropout_p: float, longest: int) -> Tensor:
     """What kernels/short_attention.py computes, sequence by sequence in torch's own operations."""
+    assert longest == int(boundaries.diff().max()), "what chooses the kernels is not the packing's"
     together = heads[0] if len(heads) == 1 else torch.stack(heads, 1)  # [T, 3, A, D]
     together = together + bias.view(together.shape[1:]).to(together.dtype)
     ends = boundaries.tolist()
