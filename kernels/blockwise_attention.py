@@ -258,14 +258,14 @@ def _more_of_queries(
 
 
 @triton.jit
-def _together(sums, products):
+def _joined(sums, products):
     """Of each query the logarithm of its softmax's sum and rowsum(dO * O), as one number of 64 bits to load."""
     low = sums.to(tl.uint32, bitcast=True).to(tl.uint64)
     return (products.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | low).to(tl.int64, bitcast=True)
 
 
 @triton.jit
-def _apart(both):
+def _halves(both):
     low, high = both.to(tl.uint32), (both.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
     return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
 
@@ -295,12 +295,10 @@ def _more_of_keys(
     KEYS: tl.constexpr,
 ):
     numbers = tl.arange(0, QUERIES)
-    if TAIL:
-        inside = start + numbers < length
-        sums, product = _apart(tl.load(sums_products + start + numbers, mask=inside, other=0))
-        sums = tl.where(inside, sums, float("inf"))  # so that powers are 0 there
+    if TAIL:  # powers are 1 behind the end, and all that they are multiplied with is 0
+        sums, product = _halves(tl.load(sums_products + start + numbers, mask=start + numbers < length, other=0))
     else:
-        sums, product = _apart(tl.load(sums_products + start + numbers))
+        sums, product = _halves(tl.load(sums_products + start + numbers))
     q = _rows(biased, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
     powers = tl.exp2(tl.dot(k, tl.trans(q)) * log2_scale - sums[None, :])
     grad = _rows(grad_out, start, numbers, length, HEADS * SIZE, SIZE, TAIL)
@@ -367,7 +365,7 @@ def _blockwise_over_queries(
     tl.store(biased + begin_out + places[:, None] * (HEADS * SIZE) + size[None, :], q, mask=inside[:, None])
     sums = tl.load(log_sums + head * tokens + first + places, mask=inside, other=float("inf"))
     product /= kept_scale  # what is kept gets its factor at the end
-    tl.store(sums_products + head * tokens + first + places, _together(sums, product), mask=inside)
+    tl.store(sums_products + head * tokens + first + places, _joined(sums, product), mask=inside)
     rest, kept_rest = -product, of_bias - product
     grad_q = tl.zeros([QUERIES, SIZE], tl.float32)
     full = length // KEYS * KEYS

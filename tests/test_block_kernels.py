@@ -231,10 +231,10 @@ def test_what_a_run_is_told_reaches_the_model(short):
         return None, None
 
     run = PretrainingRun.__new__(PretrainingRun)
-    run.longest, run.short_attention, run.loss_sums = 128, short, lambda *scores: (0, 0)
+    run.short_attention, run.loss_sums = short, lambda *scores: (0, 0)
     names = ("input_ids", "token_type_ids", "positions", "masked_positions", "masked_labels", "next_sentence_labels")
     part = {name: torch.zeros(4, dtype=torch.int64) for name in names}
-    run.forward(model, part | {"boundaries": torch.tensor([0, 3, 4])})
+    run.forward(model, part | {"boundaries": torch.tensor([0, 3, 4])}, 128)
     assert (seen[0].short, seen[0].longest) == (short, 128)
 
 

@@ -74,10 +74,10 @@ def record_gradients(flags: list[str], result: Path) -> None:
     world, engine = begun.world, begun.engine
     forwards, syncs, taken = 0, [], {}
 
-    def count(model, part, forward=begun.forward):
+    def count(*given, forward=begun.forward):
         nonlocal forwards
         forwards += 1
-        return forward(model, part)
+        return forward(*given)
 
     def all_reduce(tensor, reduce=torch.distributed.all_reduce, **options):
         if tensor.dtype == torch.float32:  # others are counts and losses

@@ -283,23 +283,26 @@ def test_scores_are_those_of_the_padded_path_whatever_the_last_block_computes(fi
     model.bert.encoder.whole_last_block = whole
     padded = next(micro_batches({name: torch.from_numpy(array) for name, array in padded_step().items()}))
     packed = next(micro_batches(packed_step(multiple=16)))
-    expected, scores = (begun.forward(model, part)[2] for part in (padded, packed))
+    expected, scores = (begun.forward(model, part, LENGTH)[2] for part in (padded, packed))
     used = padded["masked_labels"] >= 0
     torch.testing.assert_close(scores[: used.sum()], expected[used])
 
 
 def test_longer_sequences_to_evaluate_on_count_too(files, tmp_path):
-    """What attends is told the longest of both; graphs are captured for those that are trained on."""
+    """What attends is told the longest of what it reads; graphs are captured for those that are trained on."""
     write_shard(tmp_path / "short/shard_0.hdf5", count=20, length=LENGTH - 4, vocab_size=VOCAB_SIZE)
     flags = files.flags(tmp_path, input_dir=tmp_path / "short", eval_dir=files.heldout, unpad="True", **NO_ADAPTERS)
     begun = assembled(flags)
     assert (begun.sequence_length, begun.longest) == (LENGTH - 4, LENGTH)
+    told, forward = [], begun.forward
+    begun.forward = lambda model, part, longest: (told.append(longest), forward(model, part, longest))[1]
     begun.engine.connect()
     largest = []
     begun.engine.prepare = lambda make, count: largest.append(make())
     begun.give_step(1, begun.dataset[0], Counts(1.0, 1.0, 1.0), 0.0)
     assert largest[0]["boundaries"][:4].tolist() == [0, LENGTH - 4, 2 * (LENGTH - 4), 3 * (LENGTH - 4)]
     assert math.isfinite(begun.evaluate()["heldout_mlm_loss"])
+    assert told[0] == LENGTH - 4 and told[-1] == LENGTH and len(set(told)) == 2
 
 
 def test_sizes_of_micro_batches_stay_on_the_host():

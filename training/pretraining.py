@@ -305,16 +305,20 @@ class PretrainingRun:
 
     def objective(self, model, part: Batch) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the loss, the global means of both losses added up; and its two sums of losses."""
-        mlm_sum, nsp_sum, _ = self.forward(model, part)
+        mlm_sum, nsp_sum, _ = self.forward(model, part, self.sequence_length)
         sums = torch.stack([mlm_sum, nsp_sum])
         return (sums * part["shares"]).sum(), sums
 
-    def forward(self, model, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed MLM and next-sentence losses of one micro-batch, and its token scores [B, P, V], or [M, V]."""
+    def forward(self, model, part: Batch, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed MLM and next-sentence losses of one micro-batch, and its token scores [B, P, V], or [M, V].
+
+        Args:
+            longest: no sequence of `part` has more tokens.
+        """
         if "boundaries" in part:
             boundaries = part["boundaries"].int()
             firsts = boundaries[: len(part["next_sentence_labels"])]
-            mask = Packing(boundaries, firsts, part["positions"], self.longest, self.short_attention)
+            mask = Packing(boundaries, firsts, part["positions"], longest, self.short_attention)
         else:
             mask = part["attention_mask"]
         scores, sentence_scores = model(part["input_ids"], part["token_type_ids"], mask, part["masked_positions"])
@@ -400,7 +404,7 @@ class PretrainingRun:
             with torch.compiler.set_stance("force_eager"), self.engine.autocast():
                 for batch in step_loader(dataset):
                     (part,) = micro_batches(self.on_device(batch))
-                    mlm_sum, _, scores = self.forward(model, part)
+                    mlm_sum, _, scores = self.forward(model, part, self.longest)
                     labels = part["masked_labels"]
                     totals += torch.stack([mlm_sum, (scores.argmax(-1) == labels).sum(), (labels >= 0).sum()])
         except UsageError as found:
