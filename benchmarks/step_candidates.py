@@ -26,7 +26,6 @@ from training.throughput import peak_tflops, useful_flops
 
 HUGGINGFACE = "huggingface"
 OURS = {"dense": ("dense", 0), "slope": ("slope", 0), "slope-16": ("slope", 16), "slope-64": ("slope", 64)}
-SHORT = 512  # tokens: what kernels of ours take
 MULTIPLE = 8  # of the largest batch
 
 
@@ -89,8 +88,6 @@ def make_step(name: str, setting: Setting, args, world: World, **more) -> Traini
     else:
         model, rank = OURS[name]
         same = {name: getattr(args, name) for name in ("model_config_file", "optimizer", "attention", "dense_kernels")}
-        if same["attention"] == "short" and setting.length > SHORT:
-            same["attention"] = "auto"  # so that one command can have shapes of either kind
         same |= {"local_batch_size": setting.sequences, **prediction_flags(setting.length)}
         flags = run_flags(model, precision=args.dtype, **same, **more)
         step = TrainingStep(flags, config, world, setting.length, rank)
