@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,14 @@ from kernels.build import KernelsUnavailable
 from modeling import BertForPreTraining, use_kernels
 from training.distributed import World
 from training.errors import UsageError
-from training.execution import asked_for, obstacle_to_dense_kernels, obstacle_to_short_attention
+from training.execution import (
+    asked_for,
+    obstacle_to_dense_kernels,
+    obstacle_to_short_attention,
+    settle_execution,
+)
 from training.pretraining import PretrainingRun
+from training.sparsity import SparsityConfig
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 1, "intermediate_size": 64}
 HEADS = {"hidden_size": 96, "num_attention_heads": 3}
@@ -187,6 +194,20 @@ def test_what_stands_against_short_attention(change, obstacle, triton):
     config = BertConfig(**SIZES, hidden_size=96, num_attention_heads=case["heads"])
     world = World(0, 1, 0, torch.device(case["device"]))
     assert obstacle_to_short_attention(config, case["unpadded"], case["longest"], world) == obstacle
+
+
+@pytest.mark.parametrize(
+    ("value", "longest", "capability", "runs"),
+    [("auto", 512, 9, True), ("auto", 512, 8, False), ("auto", 128, 8, True), ("short", 512, 8, True)],
+)
+def test_auto_takes_attention_of_ours_where_it_was_timed(value, longest, capability, runs, triton, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton (requirements-test.txt)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    args = SimpleNamespace(attention=value, unpad="True", precision="bf16", dense_kernels="False", pruned_matrix="none")
+    size = {"sequences": 4, "length": 128, "longest": longest, "compiled": True}
+    found = settle_execution(args, BertConfig(**SIZES, **HEADS), SparsityConfig("none"), CUDA, **size)
+    assert found.short_attention == runs
+    assert any("timed with sequences of more than 128 tokens on Hopper" in note for note in found.notes) == (not runs)
 
 
 def test_a_triton_with_another_gluon_is_told_before_the_first_step(triton, monkeypatch):

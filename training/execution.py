@@ -109,6 +109,15 @@ def obstacle_to_short_attention(config: BertConfig, unpadded: bool, longest: int
     return next((f"cannot run with {reason}" for reason, given in reasons.items() if given), "")
 
 
+def doubt_about_short_attention(longest: int, world: World) -> str:
+    """Why `auto` leaves to torch what kernels/short_attention.py can run, or nothing: where it was never timed."""
+    from kernels.short_attention import LONGEST
+
+    if longest <= LONGEST or torch.cuda.get_device_capability(world.device)[0] == 9:
+        return ""
+    return f"timed with sequences of more than {LONGEST} tokens on Hopper GPUs alone"
+
+
 # -------------------------------------------------------------------------------------------------------- all together
 @dataclass(frozen=True)
 class Execution:
@@ -154,6 +163,8 @@ def settle_execution(
     on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
     unpadded, compiled = unpads(args, config, sparsity, world), compiled and on_gpu
     obstacle = obstacle_to_short_attention(config, unpadded, longest or length, world)
+    if args.attention == "auto" and not obstacle:
+        obstacle = doubt_about_short_attention(longest or length, world)
     short = asked_for("attention", args.attention, obstacle)
     if unpadded and on_gpu and not short:
         notes.append(f"torch's flash attention, not kernels of ours ({obstacle or '--attention flash'})")

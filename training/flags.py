@@ -155,7 +155,7 @@ def add_attention_flag(group) -> None:
         default="auto",
         choices=("auto", "flash", "short"),
         help="what runs it where no padding is computed: torch's flash attention, or kernels of ours for sequences of "
-        "up to 512 tokens; auto: ours where they can",
+        "up to 512 tokens; auto: ours where they can, of more than 128 tokens on Hopper GPUs",
     )
 
 
