@@ -15,7 +15,7 @@ IDLE, OTHER = "idle", "other kernels"
 KERNELS = {
     "2:4 GEMM": r"\bsparse_gemm_kernel\b|\bcusparselt|sparse_.*spmma",
     "adapters": r"\badapter_grads_kernel\b",
-    "attention": r"flash|fmha|AttentionKernel|attention_kernel|cudnn.*sdpa|^_blockwise|^_?attention_(for|back)ward",
+    "attention": r"flash|fmha|AttentionKernel|attention_kernel|cudnn.*sdpa|^blockwise_|^_?attention_(for|back)ward",
     "refresh, gather": r"\b(refresh_kernel|choose_long_kernel|gather_kernel|adapter_operands_kernel)\b",
     # Triton kernels of kernels/lamb.py go by their functions' names; foreach and torch's fused optimizers are the rest.
     "optimizer": r"^_(squared_norm|clip|moments|trust_ratio|apply)(_\d|$)|multi_tensor_apply|lpnorm_cleanup",

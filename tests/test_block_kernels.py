@@ -113,9 +113,9 @@ def test_blockwise_attention_compiles_for_hopper():
     types |= dict.fromkeys(("boundaries", "seed"), "*i32") | dict.fromkeys(("tokens", "threshold"), "i32")
     shape = {"STRIDE": 3072, "HEADS": 16, "SIZE": 64, "LONGEST": 512, "DROPOUT": True, "BLOCKS": 8, "SHARES": 8}
     for kernel, launch, programs in (
-        (blockwise._blockwise_forward, blockwise.FORWARD, 3),
-        (blockwise._blockwise_over_queries, blockwise.OVER_QUERIES, 4),
-        (blockwise._blockwise_over_keys, blockwise.OVER_KEYS, 3),
+        (blockwise.blockwise_forward, blockwise.FORWARD, 3),
+        (blockwise.blockwise_over_queries, blockwise.OVER_QUERIES, 4),
+        (blockwise.blockwise_over_keys, blockwise.OVER_KEYS, 3),
     ):
         constants = launch.constants()
         blocks = {name: constants[name] for name in ("QUERIES", "KEYS")}

@@ -19,7 +19,7 @@ from benchmarks.step_profile import Kernel
         ("attention", "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<>::Params)"),
         ("attention", "_attention_forward"),
         ("attention", "attention_backward"),
-        ("attention", "_blockwise_over_keys"),
+        ("attention", "blockwise_over_keys"),
         ("refresh, gather", "void (anonymous namespace)::refresh_kernel<__nv_bfloat16, 2, false>(RefreshTable)"),
         ("refresh, gather", "void (anonymous namespace)::gather_kernel<__nv_bfloat16, 2, true>(GatherPointers, Layer)"),
         ("refresh, gather", "void adapter_operands_kernel<__half>(AdapterTable)"),
