@@ -13,7 +13,7 @@ LENGTHS = (LONGEST, 0, 1, 71, 64, 17, LONGEST, 0)
 
 
 def lengths_for(longest: int) -> tuple[int, ...]:
-    """For one of the two modules; the first four are enough for what does not depend on lengths."""
+    """For one of the two modules; the longest has blocks of its own, or part of one."""
     return LENGTHS if longest == LONGEST else (longest, 0, 1, 71, 192, 64, 129, 0)
 
 
@@ -162,8 +162,8 @@ def check(
 
 
 def check_equal_bits(device, dtype, size: int = 32, longest: int = LONGEST) -> None:
-    *inputs, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest)[:4])
-    boundaries, results = boundaries_of(lengths_for(longest)[:4], device), []
+    *inputs, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest))
+    boundaries, results = boundaries_of(lengths_for(longest), device), []
     for _ in range(2):
         torch.manual_seed(5)
         results.append(gradients(attention_of(boundaries, 0.1, longest=longest), inputs, grad))
@@ -184,8 +184,8 @@ def check_nothing_behind_a_sequence_is_touched(device, dtype, size: int = 32, lo
 
 def check_other_strides(device, dtype, longest: int = LONGEST) -> None:
     """Inputs that lie in memory in another order."""
-    qkv, bias, grad = draw(device, dtype, heads=2, size=32, lengths=lengths_for(longest)[:4])
-    boundaries, results = boundaries_of(lengths_for(longest)[:4], device), []
+    qkv, bias, grad = draw(device, dtype, heads=2, size=32, lengths=lengths_for(longest))
+    boundaries, results = boundaries_of(lengths_for(longest), device), []
     for lay_out in (Tensor.contiguous, lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1)):
         given = [lay_out(qkv), bias]
         results.append(gradients(attention_of(boundaries, longest=longest), given, lay_out(grad)))
@@ -194,8 +194,8 @@ def check_other_strides(device, dtype, longest: int = LONGEST) -> None:
 
 def check_three_tensors(device, dtype, size: int = 32, longest: int = LONGEST) -> None:
     """Query, key and value apart are what they are together, bit by bit."""
-    *inputs, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest)[:4])
-    boundaries, results = boundaries_of(lengths_for(longest)[:4], device), []
+    *inputs, grad = draw(device, dtype, heads=2, size=size, lengths=lengths_for(longest))
+    boundaries, results = boundaries_of(lengths_for(longest), device), []
     for apart in (False, True):
         torch.manual_seed(5)
         results.append(gradients(attention_of(boundaries, 0.1, apart, longest), inputs, grad))
