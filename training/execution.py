@@ -162,9 +162,10 @@ def settle_execution(
     """
     on_gpu, places, notes = world.device.type == "cuda", sequences * length, []
     unpadded, compiled = unpads(args, config, sparsity, world), compiled and on_gpu
-    obstacle = obstacle_to_short_attention(config, unpadded, longest or length, world)
+    longest = longest or length
+    obstacle = obstacle_to_short_attention(config, unpadded, longest, world)
     if args.attention == "auto" and not obstacle:
-        obstacle = doubt_about_short_attention(longest or length, world)
+        obstacle = doubt_about_short_attention(longest, world)
     short = asked_for("attention", args.attention, obstacle)
     if unpadded and on_gpu and not short:
         notes.append(f"torch's flash attention, not kernels of ours ({obstacle or '--attention flash'})")
